@@ -1,0 +1,200 @@
+//! Where a tenant lives: the proxy's in-memory view of the catalog.
+//!
+//! Reading never waits on I/O. Entries are immutable snapshots behind `Arc`; a change replaces the entry and raises
+//! [`Directory::version`], so that a connection which remembers the version it saw pays one atomic load per
+//! transaction to learn that nothing changed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dashmap::DashMap;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::PgError;
+use crate::tenant::credential::Verifier;
+use crate::tenant::{Plan, Status, TenantId};
+
+/// A PostgreSQL cluster that tenants live on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shard {
+    /// Its name in the catalog and in metrics.
+    pub name: String,
+    /// Host name, address, or directory of a Unix socket (starts with `/`).
+    pub host: String,
+    /// TCP port, or the number in the Unix socket's name.
+    pub port: u16,
+    /// The database that holds the tenants of plan `schema`.
+    pub database: String,
+    /// Weight on the ring; 0 takes no new tenants.
+    pub weight: u32,
+    /// Where it stands, for placement and display; may be empty.
+    pub region: String,
+    /// Most server connections that this proxy opens to it.
+    pub max_db_connections: usize,
+}
+
+/// A tenant as this proxy knows it.
+#[derive(Clone, PartialEq)]
+pub struct Tenant {
+    /// Its name.
+    pub id: TenantId,
+    /// How it is separated.
+    pub plan: Plan,
+    /// Where it lives.
+    pub shard: Arc<Shard>,
+    /// Whether it may be used.
+    pub status: Status,
+    /// Grows each time home or status change.
+    pub epoch: u64,
+    /// The tenant's own credential, if it has one.
+    pub verifier: Option<Box<Verifier>>,
+}
+
+/// A login that is entitled to several tenants.
+#[derive(Clone, PartialEq)]
+pub struct AppUser {
+    /// Its name.
+    pub name: String,
+    /// Its credential; `None` cannot log in by password.
+    pub verifier: Option<Verifier>,
+    /// Tenants it may use: names, or patterns with `*`.
+    pub tenants: Vec<String>,
+    /// Whether it may make a tenant by connecting.
+    pub auto_provision: bool,
+}
+
+impl AppUser {
+    /// Whether one of the user's patterns names this tenant. `*` stands for any run of characters.
+    pub fn may_use(&self, id: &TenantId) -> bool {
+        self.tenants.iter().any(|pattern| matches(pattern, id.as_str()))
+    }
+}
+
+/// Matches a pattern in which `*` stands for any run of characters.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+/// Asks the control plane to make a tenant; answered when it is ready or has failed.
+pub struct ProvisionRequest {
+    /// Which one.
+    pub id: TenantId,
+    /// Who wants it, for the event log.
+    pub requested_by: String,
+    /// The tenant, active, or what the client is told.
+    pub reply: oneshot::Sender<Result<Arc<Tenant>, PgError>>,
+}
+
+/// The in-memory view of the catalog.
+pub struct Directory {
+    tenants: DashMap<TenantId, Arc<Tenant>>,
+    users: DashMap<String, Arc<AppUser>>,
+    version: AtomicU64,
+    provision: mpsc::Sender<ProvisionRequest>,
+}
+
+impl Directory {
+    /// An empty directory. Requests for new tenants go to `provision`.
+    pub fn new(provision: mpsc::Sender<ProvisionRequest>) -> Self {
+        Self { tenants: DashMap::new(), users: DashMap::new(), version: AtomicU64::new(1), provision }
+    }
+
+    /// A number that grows with every change.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The tenant, whatever its status (a `Deleted` or `Creating` one is not here).
+    pub fn find(&self, id: &str) -> Option<Arc<Tenant>> {
+        self.tenants.get(id).map(|entry| entry.clone())
+    }
+
+    /// The application user of this name.
+    pub fn user(&self, name: &str) -> Option<Arc<AppUser>> {
+        self.users.get(name).map(|entry| entry.clone())
+    }
+
+    /// Number of tenants known.
+    pub fn len(&self) -> usize {
+        self.tenants.len()
+    }
+
+    /// Whether no tenant is known.
+    pub fn is_empty(&self) -> bool {
+        self.tenants.is_empty()
+    }
+
+    /// Puts a tenant's new state in place.
+    pub fn put(&self, tenant: Tenant) -> Arc<Tenant> {
+        let tenant = Arc::new(tenant);
+        self.tenants.insert(tenant.id.clone(), tenant.clone());
+        self.version.fetch_add(1, Ordering::AcqRel);
+        tenant
+    }
+
+    /// Forgets a tenant.
+    pub fn remove(&self, id: &str) -> Option<Arc<Tenant>> {
+        let old = self.tenants.remove(id).map(|(_, t)| t);
+        self.version.fetch_add(1, Ordering::AcqRel);
+        old
+    }
+
+    /// Puts an application user in place.
+    pub fn put_user(&self, user: AppUser) {
+        self.users.insert(user.name.clone(), Arc::new(user));
+    }
+
+    /// Forgets an application user.
+    pub fn remove_user(&self, name: &str) {
+        self.users.remove(name);
+    }
+
+    /// The tenant, made first if it does not exist. Waits until it is ready.
+    ///
+    /// # Errors
+    /// What the client is to be told: a template that failed, no shard that takes tenants, the catalog away.
+    pub async fn ensure(&self, id: &TenantId, requested_by: &str) -> Result<Arc<Tenant>, PgError> {
+        if let Some(tenant) = self.find(id.as_str()) {
+            return Ok(tenant);
+        }
+        let (reply, answer) = oneshot::channel();
+        let request = ProvisionRequest { id: id.clone(), requested_by: requested_by.to_owned(), reply };
+        let gone = || PgError::fatal(crate::error::sqlstate::CANNOT_CONNECT_NOW, "the proxy is shutting down");
+        self.provision.send(request).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_run_of_characters() {
+        for (pattern, text, expected) in [
+            ("client_001", "client_001", true),
+            ("client_001", "client_0011", false),
+            ("client_*", "client_", true),
+            ("client_*", "client_9", true),
+            ("client_*", "xclient_9", false),
+            ("*", "", true),
+            ("*_eu", "a_eu", true),
+            ("a*b*c", "a1b2c", true),
+            ("a*b*c", "a1c2b", false),
+            ("a*a", "a", false),
+            ("", "x", false),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! pgusher: a PostgreSQL proxy that shows every tenant to its own seat.
+//!
+//! # The path of a connection
+//!
+//! ```text
+//! accept → TLS? → startup packet → identify tenant → authenticate → greet → [ relay ] → close
+//! relay:  first frame of a transaction → route (directory, read again each time) → checkout
+//!         → frames both ways → ReadyForQuery('I'), nothing outstanding → check-in
+//! ```
+//!
+//! # Layers, low to high
+//!
+//! A module uses only what stands before it in this list; [`connection`] and [`server`] tie the
+//! knots, [`error`] and [`metrics`] are leaves that anyone may use.
+//!
+//! | layer | question it answers |
+//! |---|---|
+//! | [`wire`] | what do the bytes say? |
+//! | [`tenant`] | who is it, and what does its plan mean? |
+//! | [`config`] | what did the operator ask for? |
+//! | [`stream`] | a socket, plain or TLS |
+//! | [`client`] | from accept to an authenticated client |
+//! | [`directory`] | where does a tenant live? |
+//! | [`pool`] | server connections |
+//! | [`relay`] | the hot path between the two |
+//! | [`control`] | changes to the world: catalog, provisioning, HTTP |
+//!
+//! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
+
+pub mod config;
+pub mod directory;
+pub mod error;
+pub mod metrics;
+pub mod tenant;

@@ -1,0 +1,3 @@
+//! The `pgusher` command.
+
+fn main() {}
