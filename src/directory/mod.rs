@@ -50,6 +50,23 @@ pub struct Tenant {
     pub verifier: Option<Box<Verifier>>,
 }
 
+impl Tenant {
+    /// The role that its server connections log in as.
+    pub fn role(&self) -> String {
+        self.plan.role(&self.id)
+    }
+
+    /// The database that it lives in.
+    pub fn database(&self) -> &str {
+        &self.shard.database
+    }
+
+    /// The startup settings with which an unchanged client finds its tables.
+    pub fn startup_settings(&self) -> Vec<(String, String)> {
+        self.plan.startup_settings(&self.id)
+    }
+}
+
 /// A login that is entitled to several tenants.
 #[derive(Clone, PartialEq)]
 pub struct AppUser {
