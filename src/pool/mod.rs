@@ -1,0 +1,3 @@
+//! The back side: server connections.
+
+pub mod tls;
