@@ -11,8 +11,6 @@ use rustls::crypto::{
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
@@ -59,11 +57,6 @@ impl ClientTls {
     pub fn current(&self) -> Arc<Connecting> {
         self.current.load_full()
     }
-
-    /// The same for `tokio_postgres::Config::connect`; goes with [`Connecting::ssl_mode`].
-    pub fn for_tokio_postgres(&self) -> TokioPostgresTls {
-        TokioPostgresTls(MakeRustlsConnect::new(ClientConfig::clone(&self.current().config)))
-    }
 }
 
 impl Connecting {
@@ -77,10 +70,16 @@ impl Connecting {
         matches!(self.mode, SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull)
     }
 
-    /// The mode for `tokio_postgres::Config::ssl_mode`. It does not know `allow`, for which `prefer` is at least as
-    /// safe and reaches the same servers.
-    pub fn ssl_mode(&self) -> tokio_postgres::config::SslMode {
+    /// The same for `tokio_postgres::Config::connect`; goes with [`Self::ssl_mode`].
+    pub fn for_tokio_postgres(&self) -> MakeRustlsConnect {
+        MakeRustlsConnect::new(ClientConfig::clone(&self.config))
+    }
+
+    /// The mode for `tokio_postgres::Config::ssl_mode` and this host. It does not know `allow`, for which `prefer` is
+    /// at least as safe and reaches the same servers. A Unix socket (a host that is a directory) has no TLS.
+    pub fn ssl_mode(&self, host: &str) -> tokio_postgres::config::SslMode {
         match self.mode {
+            _ if host.starts_with('/') => tokio_postgres::config::SslMode::Disable,
             SslMode::Disable => tokio_postgres::config::SslMode::Disable,
             SslMode::Allow | SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => tokio_postgres::config::SslMode::Require,
@@ -94,22 +93,6 @@ impl Connecting {
 /// If it can be neither, as a socket's directory.
 pub fn server_name(host: &str) -> Result<ServerName<'static>, InvalidDnsNameError> {
     ServerName::try_from(host).map(|name| name.to_owned())
-}
-
-/// [`MakeRustlsConnect`] that can also be given to a connection over a Unix socket, for which `tokio_postgres` asks
-/// for TLS with an empty name and then does not use it.
-#[derive(Clone)]
-pub struct TokioPostgresTls(MakeRustlsConnect);
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> MakeTlsConnect<S> for TokioPostgresTls {
-    type Stream = <MakeRustlsConnect as MakeTlsConnect<S>>::Stream;
-    type TlsConnect = <MakeRustlsConnect as MakeTlsConnect<S>>::TlsConnect;
-    type Error = <MakeRustlsConnect as MakeTlsConnect<S>>::Error;
-
-    fn make_tls_connect(&mut self, host: &str) -> Result<Self::TlsConnect, Self::Error> {
-        let host = if host.is_empty() { "localhost" } else { host };
-        <MakeRustlsConnect as MakeTlsConnect<S>>::make_tls_connect(&mut self.0, host)
-    }
 }
 
 fn connecting(tls: &config::Tls) -> Result<Connecting, TlsError> {
@@ -368,12 +351,19 @@ mod tests {
     }
 
     #[test]
-    fn tokio_postgres_may_use_it_over_a_socket() {
-        let tls = ClientTls::new(&config::Tls::default()).unwrap();
-        let mut make = tls.for_tokio_postgres();
-        for host in ["", "localhost", "10.0.0.1", "shard_1"] {
-            let made = MakeTlsConnect::<tokio::net::TcpStream>::make_tls_connect(&mut make, host);
-            assert!(made.is_ok(), "{host}");
+    fn tokio_postgres_asks_for_as_much() {
+        use tokio_postgres::config::SslMode as Theirs;
+
+        let ca = Ca::new();
+        for (mode, host, expected) in [
+            (SslMode::Disable, "localhost", Theirs::Disable),
+            (SslMode::Prefer, "localhost", Theirs::Prefer),
+            (SslMode::Require, "localhost", Theirs::Require),
+            (SslMode::VerifyFull, "10.0.0.1", Theirs::Require),
+            (SslMode::VerifyFull, "/run/postgresql", Theirs::Disable),
+        ] {
+            let client = ClientTls::new(&tls(mode, &ca)).unwrap().current();
+            assert_eq!(client.ssl_mode(host), expected, "{mode:?} {host}");
         }
     }
 }
