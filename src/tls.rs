@@ -4,15 +4,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use rustls::{CertificateError, RootCertStore};
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 use x509_cert::Certificate;
 use x509_cert::der::asn1::{ContextSpecific, ObjectIdentifier};
 use x509_cert::der::oid::db::{rfc5912, rfc8410};
-use x509_cert::der::{Decode as _, SliceReader, TagNumber};
+use x509_cert::der::{Decode as _, Encode as _, SliceReader, TagNumber};
 use x509_cert::spki::AlgorithmIdentifierRef;
 
 /// The protocol's name in ALPN ([direct TLS](https://www.postgresql.org/docs/current/protocol-flow.html)).
@@ -48,13 +49,21 @@ pub enum TlsError {
         /// What is wrong.
         source: rustls::Error,
     },
-    /// Certificate and key do not fit, or the like.
+    /// A certificate that cannot be shown, or a key that is not of a kind we know.
     #[error("cannot use {path:?}: {source}")]
     Certificate {
-        /// The certificate's file.
+        /// The certificate's or the key's file.
         path: PathBuf,
         /// What is wrong.
         source: rustls::Error,
+    },
+    /// A key that is not the certificate's.
+    #[error("the key in {key:?} does not belong to the certificate in {certificate:?}")]
+    Mismatch {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's file.
+        key: PathBuf,
     },
     /// The verifier cannot be made.
     #[error("cannot verify certificates: {0}")]
@@ -85,6 +94,28 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErro
 /// If the file cannot be read or holds none.
 pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_file(path).map_err(|source| TlsError::Pem { path: path.to_owned(), source })
+}
+
+/// A certificate chain and its key, which belong together.
+///
+/// # Errors
+/// If a file cannot be used or the key is another one's.
+pub fn certified_key(cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, TlsError> {
+    let chain = certificates(cert_file)?;
+    let wrong = |path: &Path, source| TlsError::Certificate { path: path.to_owned(), source };
+    let key = private_key(key_file)?;
+    let key = provider().key_provider.load_private_key(key).map_err(|source| wrong(key_file, source))?;
+    // rustls compares too, but only after it has parsed the certificate with webpki, which refuses X.509 version 1:
+    // the certificates that PostgreSQL's manual makes.
+    let own = chain.first().and_then(|certificate| Certificate::from_der(certificate).ok());
+    let own = own.and_then(|certificate| certificate.tbs_certificate.subject_public_key_info.to_der().ok());
+    match (own, key.public_key()) {
+        (None, _) => Err(wrong(cert_file, CertificateError::BadEncoding.into())),
+        (Some(certified), Some(held)) if certified != held.as_ref() => {
+            Err(TlsError::Mismatch { certificate: cert_file.to_owned(), key: key_file.to_owned() })
+        }
+        (Some(_), _) => Ok(CertifiedKey::new(chain, key)),
+    }
 }
 
 /// The certificates that others must be signed by.
@@ -180,21 +211,36 @@ pub(crate) mod testing {
 
     impl Ca {
         pub(crate) fn new() -> Self {
+            Self::with(|_| ())
+        }
+
+        pub(crate) fn with(change: impl FnOnce(&mut CertificateParams)) -> Self {
             let directory = tempfile::tempdir().unwrap();
             let mut params = CertificateParams::new(vec![]).unwrap();
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            change(&mut params);
             let key = KeyPair::generate().unwrap();
             let file = directory.path().join("ca.crt");
             std::fs::write(&file, params.self_signed(&key).unwrap().pem()).unwrap();
             Self { issuer: Issuer::new(params, key), directory, file }
         }
 
+        pub(crate) fn key(&self) -> &KeyPair {
+            self.issuer.key()
+        }
+
         /// Files with a certificate for a host name or address, and its key.
         pub(crate) fn sign(&self, host: &str) -> (PathBuf, PathBuf) {
+            self.sign_with(host, |_| ())
+        }
+
+        pub(crate) fn sign_with(&self, host: &str, change: impl FnOnce(&mut CertificateParams)) -> (PathBuf, PathBuf) {
             let key = KeyPair::generate().unwrap();
-            let certificate = CertificateParams::new(vec![host.to_owned()]).unwrap().signed_by(&key, &self.issuer);
+            let mut params = CertificateParams::new(vec![host.to_owned()]).unwrap();
+            change(&mut params);
+            let certificate = params.signed_by(&key, &self.issuer).unwrap();
             let (crt, pem) = (self.path(&format!("{host}.crt")), self.path(&format!("{host}.key")));
-            std::fs::write(&crt, certificate.unwrap().pem()).unwrap();
+            std::fs::write(&crt, certificate.pem()).unwrap();
             std::fs::write(&pem, key.serialize_pem()).unwrap();
             (crt, pem)
         }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::sign::SingleCertAndKey;
 use rustls::{ServerConfig, ServerConnection};
 
 use crate::config::{self, SslMode};
-use crate::tls::{ALPN, TlsError, authorities, certificates, private_key, provider, server_end_point};
+use crate::tls::{ALPN, TlsError, authorities, certified_key, provider, server_end_point};
 
 /// TLS towards clients as it is configured now. Connections keep what they began with.
 #[derive(Debug)]
@@ -75,11 +76,9 @@ fn accepting(tls: &config::Tls) -> Result<Option<Arc<Accepting>>, TlsError> {
     } else {
         builder.with_no_client_auth()
     };
-    let chain = certificates(cert_file)?;
-    let end_point = chain.first().and_then(|certificate| server_end_point(certificate));
-    let mut config = builder
-        .with_single_cert(chain, private_key(key_file)?)
-        .map_err(|source| TlsError::Certificate { path: cert_file.clone(), source })?;
+    let certified = certified_key(cert_file, key_file)?;
+    let end_point = certified.cert.first().and_then(|certificate| server_end_point(certificate));
+    let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
     config.alpn_protocols = vec![ALPN.to_vec()];
     // As PostgreSQL: no resumption. Its clients do not use it, and a session must not outlive a change of CA.
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -186,7 +185,7 @@ mod tests {
             ("", "holds no certificate"),
             ("-----BEGIN CERTIFICATE-----\nAAAA", "cannot use"),
             ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "cannot use"),
-            (stranger.as_str(), "cannot use"),
+            (stranger.as_str(), "does not belong to"),
         ] {
             let error = server.reload(&with(text)).unwrap_err().to_string();
             assert!(error.contains(problem) && error.contains("broken.crt"), "{error}");

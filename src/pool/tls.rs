@@ -1,6 +1,7 @@
 //! TLS towards servers: the six modes of `server_tls_sslmode`, reload, and the same for `tokio_postgres`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -10,13 +11,15 @@ use rustls::crypto::{
 };
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
+use rustls::sign::SingleCertAndKey;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use x509_cert::Certificate;
-use x509_cert::der::{Decode as _, Encode as _};
+use x509_cert::der::oid::db::{rfc4519, rfc5912};
+use x509_cert::der::{Decode as _, Encode as _, Tag, Tagged as _};
 
 use crate::config::{self, SslMode};
-use crate::tls::{ALPN, TlsError, authorities, certificates, private_key, provider};
+use crate::tls::{ALPN, TlsError, authorities, certificates, certified_key, provider};
 
 pub use crate::tls::server_end_point;
 
@@ -101,8 +104,9 @@ fn connecting(tls: &config::Tls) -> Result<Connecting, TlsError> {
         SslMode::Disable | SslMode::Allow | SslMode::Prefer | SslMode::Require => Verify::Nothing,
         SslMode::VerifyCa | SslMode::VerifyFull => {
             let missing = TlsError::Missing { mode: "server_tls_sslmode", key: "server_tls_ca_file" };
-            let roots = authorities(tls.server_tls_ca_file.as_ref().ok_or(missing)?)?;
-            if mode == SslMode::VerifyFull { Verify::Full(roots) } else { Verify::Chain(roots) }
+            let ca_file = tls.server_tls_ca_file.as_ref().ok_or(missing)?;
+            let trusted = Trusted { roots: authorities(ca_file)?, certificates: certificates(ca_file)? };
+            if mode == SslMode::VerifyFull { Verify::Full(trusted) } else { Verify::Chain(trusted) }
         }
     };
     let provider = provider();
@@ -111,9 +115,10 @@ fn connecting(tls: &config::Tls) -> Result<Connecting, TlsError> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Verifier { verify, provider }));
     let mut config = match (&tls.server_tls_cert_file, &tls.server_tls_key_file) {
-        (Some(cert_file), Some(key_file)) => builder
-            .with_client_auth_cert(certificates(cert_file)?, private_key(key_file)?)
-            .map_err(|source| TlsError::Certificate { path: cert_file.clone(), source })?,
+        (Some(cert_file), Some(key_file)) => {
+            let certified = certified_key(cert_file, key_file)?;
+            builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
+        }
         (None, None) => builder.with_no_client_auth(),
         (Some(_), None) => {
             return Err(TlsError::Missing { mode: "server_tls_cert_file", key: "server_tls_key_file" });
@@ -135,12 +140,20 @@ enum Verify {
     /// hold the certificate's key, so that channel binding means something.
     Nothing,
     /// Signed by one of these, for whatever name.
-    Chain(Arc<RootCertStore>),
+    Chain(Trusted),
     /// Signed by one of these, for the host that was asked for.
-    Full(Arc<RootCertStore>),
+    Full(Trusted),
+}
+
+/// What `server_tls_ca_file` holds.
+#[derive(Debug)]
+struct Trusted {
+    roots: Arc<RootCertStore>,
+    certificates: Vec<CertificateDer<'static>>,
 }
 
 /// libpq's and PgBouncer's steps of verification. As in both without a CRL file, revocation is not looked up.
+/// Of X.509 version 1 certificates webpki verifies none.
 #[derive(Debug)]
 struct Verifier {
     verify: Verify,
@@ -150,13 +163,58 @@ struct Verifier {
 impl Verifier {
     fn chain(
         &self,
-        roots: &RootCertStore,
-        certificate: &ParsedCertificate<'_>,
+        trusted: &Trusted,
+        end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
+        // A self-signed certificate that is itself in the CA file, which is how most begin. OpenSSL makes it a CA's,
+        // and webpki would not take that for a server's.
+        if trusted.certificates.contains(end_entity) {
+            return in_time(end_entity, now);
+        }
+        let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(certificate, roots, intermediates, now, algorithms)
+        verify_server_cert_signed_by_trust_anchor(&certificate, &trusted.roots, intermediates, now, algorithms)
+    }
+}
+
+fn broken() -> rustls::Error {
+    CertificateError::BadEncoding.into()
+}
+
+fn in_time(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), rustls::Error> {
+    let validity = Certificate::from_der(certificate).map_err(|_| broken())?.tbs_certificate.validity;
+    let now = Duration::from_secs(now.as_secs());
+    if now < validity.not_before.to_unix_duration() {
+        Err(CertificateError::NotValidYet.into())
+    } else if now > validity.not_after.to_unix_duration() {
+        Err(CertificateError::Expired.into())
+    } else {
+        Ok(())
+    }
+}
+
+/// Whether a certificate is for a host. One without any subject alternative name is for its common name, as in libpq:
+/// the certificates of PostgreSQL's manual are such.
+fn for_host(certificate: &CertificateDer<'_>, host: &ServerName<'_>) -> Result<(), rustls::Error> {
+    let parsed = Certificate::from_der(certificate).map_err(|_| broken())?;
+    let extensions = parsed.tbs_certificate.extensions.unwrap_or_default();
+    if extensions.iter().any(|extension| extension.extn_id == rfc5912::ID_CE_SUBJECT_ALT_NAME) {
+        return verify_server_name(&ParsedCertificate::try_from(certificate)?, host);
+    }
+    let attributes = parsed.tbs_certificate.subject.0.iter().flat_map(|name| name.0.iter());
+    let mut names = attributes.filter(|attribute| attribute.oid == rfc4519::CN).filter_map(|attribute| {
+        // The kinds of string that a name is written in; all have their text as bytes.
+        let is_text = matches!(attribute.value.tag(), Tag::Utf8String | Tag::PrintableString | Tag::Ia5String);
+        is_text.then(|| attribute.value.value())
+    });
+    let host = host.to_str();
+    // No wildcards: who has those has subject alternative names too.
+    if names.any(|name| name.eq_ignore_ascii_case(host.as_bytes())) {
+        Ok(())
+    } else {
+        Err(CertificateError::NotValidForName.into())
     }
 }
 
@@ -171,13 +229,10 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         match &self.verify {
             Verify::Nothing => {}
-            Verify::Chain(roots) => {
-                self.chain(roots, &ParsedCertificate::try_from(end_entity)?, intermediates, now)?;
-            }
-            Verify::Full(roots) => {
-                let certificate = ParsedCertificate::try_from(end_entity)?;
-                self.chain(roots, &certificate, intermediates, now)?;
-                verify_server_name(&certificate, server_name)?;
+            Verify::Chain(trusted) => self.chain(trusted, end_entity, intermediates, now)?,
+            Verify::Full(trusted) => {
+                self.chain(trusted, end_entity, intermediates, now)?;
+                for_host(end_entity, server_name)?;
             }
         }
         Ok(ServerCertVerified::assertion())
@@ -203,7 +258,6 @@ impl ServerCertVerifier for Verifier {
             // Certificates of X.509 version 1, which `openssl x509 -req` makes in PostgreSQL's manual, are refused by
             // webpki. Where the certificate is not believed anyway its key is enough.
             Verify::Nothing => {
-                let broken = || rustls::Error::InvalidCertificate(CertificateError::BadEncoding);
                 let parsed = Certificate::from_der(cert).map_err(|_| broken())?;
                 let key = parsed.tbs_certificate.subject_public_key_info.to_der().map_err(|_| broken())?;
                 verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key), dss, algorithms)
@@ -219,10 +273,10 @@ impl ServerCertVerifier for Verifier {
 
 #[cfg(test)]
 mod tests {
-    use rcgen::{CertificateParams, KeyPair, SigningKey as _};
+    use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SigningKey as _};
     use rustls::ServerConfig;
     use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-    use rustls::sign::{CertifiedKey, SingleCertAndKey};
+    use rustls::sign::CertifiedKey;
     use x509_cert::certificate::Version;
     use x509_cert::der::asn1::BitString;
 
@@ -274,6 +328,53 @@ mod tests {
         let server = server(&ca, "127.0.0.1");
         assert!(handshake(&client.config, "127.0.0.1", &server).is_ok());
         assert!(handshake(&client.config, "127.0.0.2", &server).is_err());
+    }
+
+    /// A server with a certificate as `openssl req -x509` makes it: self-signed, a CA's, without alternative names.
+    fn self_signed(days: std::ops::Range<i32>) -> (Ca, Arc<ServerConfig>) {
+        let ca = Ca::with(|params| {
+            let mut name = DistinguishedName::new();
+            name.push(DnType::CommonName, "db.example.com");
+            params.distinguished_name = name;
+            params.not_before = rcgen::date_time_ymd(days.start, 1, 1);
+            params.not_after = rcgen::date_time_ymd(days.end, 1, 1);
+        });
+        let server = server_with(certificates(&ca.file).unwrap(), ca.key());
+        (ca, server)
+    }
+
+    #[test]
+    fn a_self_signed_certificate_can_be_its_own_ca() {
+        let (ca, server) = self_signed(2000..2500);
+        let (_, other) = self_signed(2000..2500);
+        let (expired_ca, expired) = self_signed(2000..2001);
+        let (early_ca, early) = self_signed(2400..2500);
+        for (mode, ca, host, server, expected) in [
+            (SslMode::VerifyCa, &ca, "localhost", &server, true),
+            (SslMode::VerifyFull, &ca, "DB.example.com", &server, true),
+            (SslMode::VerifyFull, &ca, "localhost", &server, false),
+            (SslMode::VerifyFull, &ca, "db.example.com", &other, false),
+            (SslMode::VerifyCa, &ca, "db.example.com", &other, false),
+            (SslMode::VerifyCa, &expired_ca, "db.example.com", &expired, false),
+            (SslMode::VerifyCa, &early_ca, "db.example.com", &early, false),
+            (SslMode::Require, &ca, "localhost", &expired, true),
+        ] {
+            let client = ClientTls::new(&tls(mode, ca)).unwrap().current();
+            assert_eq!(handshake(&client.config, host, server).is_ok(), expected, "{mode:?} {host}");
+        }
+    }
+
+    #[test]
+    fn a_common_name_does_not_count_beside_alternative_names() {
+        let ca = Ca::new();
+        let (crt, key) = ca.sign_with("elsewhere.example.com", |params| {
+            params.distinguished_name.push(DnType::CommonName, "db.example.com");
+        });
+        let key = KeyPair::from_pem(&std::fs::read_to_string(key).unwrap()).unwrap();
+        let server = server_with(certificates(&crt).unwrap(), &key);
+        let client = ClientTls::new(&tls(SslMode::VerifyFull, &ca)).unwrap().current();
+        assert!(handshake(&client.config, "elsewhere.example.com", &server).is_ok());
+        assert!(handshake(&client.config, "db.example.com", &server).is_err());
     }
 
     #[test]
