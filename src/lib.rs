@@ -11,7 +11,7 @@
 //! # Layers, low to high
 //!
 //! A module uses only what stands before it in this list; [`connection`] and [`server`] tie the
-//! knots, [`error`] and [`metrics`] are leaves that anyone may use.
+//! knots, [`error`], [`metrics`] and [`tls`] are leaves that anyone may use.
 //!
 //! | layer | question it answers |
 //! |---|---|
