@@ -13,6 +13,7 @@ pub mod lease;
 pub mod params;
 pub mod shard;
 pub mod statements;
+pub mod tls;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};

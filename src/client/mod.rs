@@ -1,0 +1,3 @@
+//! The front side: from accept to an authenticated client.
+
+pub mod tls;
