@@ -27,8 +27,11 @@
 //!
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
+pub mod client;
 pub mod config;
 pub mod directory;
 pub mod error;
 pub mod metrics;
+pub mod pool;
 pub mod tenant;
+pub mod wire;

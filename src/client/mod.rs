@@ -1,0 +1,3 @@
+//! From accept to an authenticated client.
+//!
+//! Everything here that decides has no I/O: bytes and values in, decisions out.
