@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::tenant::identify::Source;
+
 /// A text that must not be shown: `Debug` masks it and there is no `Display`.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Secret(String);
@@ -171,21 +173,6 @@ pub enum AuthType {
 pub struct Auth {
     /// How clients prove who they are.
     pub auth_type: AuthType,
-}
-
-/// A place where a client may name its tenant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// The user name: `client_001`, `app.client_001`, `app@client_001`, or `username_regex`.
-    Username,
-    /// `-c pgusher.tenant=client_001` in `options`.
-    Options,
-    /// The TLS server name.
-    Sni,
-    /// The database name.
-    Database,
-    /// `application_name`: `tenant=client_001` or `client_001/worker`.
-    ApplicationName,
 }
 
 /// `[identify]`
