@@ -1,1 +1,3 @@
 //! Server connections.
+
+pub mod scram;
