@@ -137,7 +137,7 @@ impl<'a> Challenge<'a> {
         };
         let nonce = attribute("r=")?;
         // The server has to add something of its own, or an old answer of ours could be played again.
-        if !nonce.strip_prefix(our_nonce).is_some_and(|theirs| !theirs.is_empty()) {
+        if nonce.strip_prefix(our_nonce).is_none_or(str::is_empty) {
             return Err(ScramError::Nonce);
         }
         let salt = STANDARD.decode(attribute("s=")?).map_err(|_| ScramError::Malformed("s="))?;

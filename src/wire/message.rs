@@ -504,7 +504,8 @@ mod tests {
 
     #[test]
     fn what_we_say_to_servers_is_what_postgres_protocol_says() {
-        let pairs: [(Vec<u8>, fn(&mut BytesMut)); 11] = [
+        type Encode = fn(&mut BytesMut);
+        let pairs: [(Vec<u8>, Encode); 11] = [
             (made(|b| query(b, "SELECT 1")), |b| theirs::query("SELECT 1", b).unwrap()),
             (made(|b| parse(b, b"s", b"SELECT $1", &[0, 1, 0, 0, 0, 23])), |b| {
                 theirs::parse("s", "SELECT $1", [23], b).unwrap();

@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn parameters_keep_order_and_spelling() {
-        let body = b"user\0app\0DateStyle\0ISO, MDY\0database\0\0_pq_.x\01\0some.var\0\0application_name\0\xff\0\0";
+        let body = b"user\0app\0DateStyle\0ISO, MDY\0database\0\0_pq_.x\0on\0some.var\0\0application_name\0\xff\0\0";
         let message = session(0x0003_0000, body).unwrap();
         let names: Vec<&str> = message.parameters.iter().map(|(n, _)| n.as_str()).collect();
         assert_eq!(names, ["user", "DateStyle", "database", "some.var", "application_name"]);
