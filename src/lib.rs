@@ -29,9 +29,14 @@
 
 pub mod client;
 pub mod config;
+pub mod connection;
 pub mod directory;
 pub mod error;
 pub mod metrics;
 pub mod pool;
+pub mod relay;
+pub mod server;
+pub mod stream;
 pub mod tenant;
 pub mod tls;
+pub mod wire;

@@ -1,3 +1,8 @@
-//! The front side: from accept to an authenticated client.
+//! From accept to an authenticated client.
+//!
+//! What decides here has no I/O: bytes and values in, decisions out.
 
+pub mod auth;
+pub mod handshake;
+pub mod parameters;
 pub mod tls;

@@ -11,6 +11,7 @@ pub mod cancel;
 pub mod connect;
 pub mod lease;
 pub mod params;
+pub mod scram;
 pub mod shard;
 pub mod statements;
 pub mod tls;
