@@ -29,14 +29,14 @@ pub enum Stream {
     /// Bytes as they are.
     Plain(Socket),
     /// TLS on top.
-    Tls(Box<TlsStream<Socket>>),
+    Tls(Box<TlsStream<Carrier>>),
 }
 
 /// A stream on its way from one runtime to another.
 #[derive(Debug)]
 pub struct Detached {
     socket: DetachedSocket,
-    tls: Option<Box<TlsStream<Socket>>>,
+    tls: Option<Box<TlsStream<Carrier>>>,
 }
 
 #[derive(Debug)]
@@ -80,6 +80,39 @@ impl AsyncWrite for Socket {
             Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
             Self::Detached => Self::detached(),
         }
+    }
+}
+
+/// What TLS runs on: a socket, and what was read from it before TLS was known to begin.
+#[derive(Debug)]
+pub struct Carrier {
+    socket: Socket,
+    early: Vec<u8>,
+}
+
+impl AsyncRead for Carrier {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.early.is_empty() {
+            return Pin::new(&mut self.socket).poll_read(cx, buf);
+        }
+        let n = self.early.len().min(buf.remaining());
+        buf.put_slice(&self.early[..n]);
+        self.early.drain(..n);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Carrier {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 }
 
@@ -181,13 +214,13 @@ impl Stream {
         .await
     }
 
-    /// TLS as the server side.
+    /// TLS as the server side. `early` is what has been read of the client's hello.
     ///
     /// # Errors
     /// A handshake that failed, or TLS being up already.
-    pub async fn accept_tls(self, config: Arc<rustls::ServerConfig>) -> io::Result<Self> {
+    pub async fn accept_tls(self, config: Arc<rustls::ServerConfig>, early: Vec<u8>) -> io::Result<Self> {
         let Self::Plain(socket) = self else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let tls = TlsAcceptor::from(config).accept(socket).await?;
+        let tls = TlsAcceptor::from(config).accept(Carrier { socket, early }).await?;
         Ok(Self::Tls(Box::new(TlsStream::Server(tls))))
     }
 
@@ -201,16 +234,26 @@ impl Stream {
         name: rustls::pki_types::ServerName<'static>,
     ) -> io::Result<Self> {
         let Self::Plain(socket) = self else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let tls = TlsConnector::from(config).connect(name, socket).await?;
+        let tls = TlsConnector::from(config).connect(name, Carrier { socket, early: Vec::new() }).await?;
         Ok(Self::Tls(Box::new(TlsStream::Client(tls))))
     }
 
-    /// The TLS session, to read its server name, protocol and certificates.
-    pub fn tls(&self) -> Option<&TlsStream<Socket>> {
+    /// The server's side of TLS, to read the name that the client asked for and the protocol agreed on.
+    pub fn tls_session(&self) -> Option<&rustls::ServerConnection> {
         match self {
+            Self::Tls(tls) => match tls.as_ref() {
+                TlsStream::Server(tls) => Some(tls.get_ref().1),
+                TlsStream::Client(_) => None,
+            },
             Self::Plain(_) => None,
-            Self::Tls(s) => Some(s),
         }
+    }
+
+    /// The channel binding data of the certificate that the other side has shown.
+    pub fn server_end_point(&self) -> Option<Vec<u8>> {
+        let Self::Tls(tls) = self else { return None };
+        let certificate = tls.get_ref().1.peer_certificates()?.first()?;
+        crate::tls::server_end_point(certificate)
     }
 
     /// Takes the stream out of this runtime, so that another one can [attach](Detached::attach) it.
@@ -220,7 +263,7 @@ impl Stream {
     pub fn detach(self) -> io::Result<Detached> {
         let (socket, tls) = match self {
             Self::Plain(socket) => (socket, None),
-            Self::Tls(mut tls) => (std::mem::replace(tls.get_mut().0, Socket::Detached), Some(tls)),
+            Self::Tls(mut tls) => (std::mem::replace(&mut tls.get_mut().0.socket, Socket::Detached), Some(tls)),
         };
         let socket = match socket {
             Socket::Tcp(s) => DetachedSocket::Tcp(s.into_std()?),
@@ -244,7 +287,7 @@ impl Detached {
         Ok(match self.tls {
             None => Stream::Plain(socket),
             Some(mut tls) => {
-                *tls.get_mut().0 = socket;
+                tls.get_mut().0.socket = socket;
                 Stream::Tls(tls)
             }
         })

@@ -4,5 +4,8 @@
 
 pub mod auth;
 pub mod handshake;
+pub mod login;
 pub mod parameters;
+pub mod sessions;
+pub mod signals;
 pub mod tls;

@@ -14,16 +14,17 @@ use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
 use super::params::Params;
-use super::scram::{ClientExchange, KeyCache};
+use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
 use super::tls::ClientTls;
 use super::{Settings, Slot};
-use crate::config::{Secret, SslMode};
+use crate::config::Secret;
 use crate::directory::Shard;
 use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
 use crate::stream::{Socket, Stream};
-use crate::tenant::credential::server_password;
+use crate::tenant::credential::{nonce, server_password};
+use crate::wire::Version;
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message::{self, Authentication, ErrorFields};
 
@@ -62,7 +63,8 @@ pub struct Connector {
     pub server_lifetime: Duration,
     tls: Arc<ClientTls>,
     master_secret: Secret,
-    keys: KeyCache,
+    /// Keys of the last login, by shard and role, so that a login costs no PBKDF2.
+    keys: DashMap<(String, Arc<str>), CachedKeys>,
     dialers: DashMap<String, Arc<Dialer>>,
     metrics: Arc<Metrics>,
 }
@@ -79,6 +81,9 @@ pub enum ServerError {
     /// Something that does not follow the protocol.
     #[error("the server broke the protocol: {0}")]
     Protocol(&'static str),
+    /// The proof of the password.
+    #[error("{0}")]
+    Scram(#[from] super::scram::ScramError),
     /// The server says that we are somebody else.
     #[error("the server reports {name} = {value:?}, which must never happen")]
     Identity {
@@ -88,6 +93,9 @@ pub enum ServerError {
         value: String,
     },
 }
+
+/// Logins whose keys are kept (about 200 bytes each); beyond that all are forgotten, which costs a millisecond each.
+const MAX_CACHED_KEYS: usize = 50_000;
 
 /// Longest message that a server sends while we log in or reset (bytes).
 const MAX_CONTROL_MESSAGE: usize = 1 << 20;
@@ -101,7 +109,7 @@ impl Connector {
         server_lifetime: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (keys, dialers) = (KeyCache::default(), DashMap::new());
+        let (keys, dialers) = (DashMap::new(), DashMap::new());
         Self { server_connect_timeout, server_lifetime, tls, master_secret, keys, dialers, metrics }
     }
 
@@ -147,7 +155,7 @@ impl Connector {
                 tracing::error!(tenant = %tenant.id, shard = tenant.shard.name, %error, "server connection closed");
                 PgError::fatal(sqlstate::INTERNAL, "the server logged in as somebody else")
             }
-            error @ ServerError::Protocol(_) => {
+            error @ (ServerError::Protocol(_) | ServerError::Scram(_)) => {
                 tracing::warn!(tenant = %tenant.id, shard = tenant.shard.name, %error, "login to server failed");
                 unreachable(&tenant.shard).detail(format!("{error}."))
             }
@@ -169,11 +177,18 @@ impl Connector {
         let identity = [("user", &*role), ("database", tenant.database())];
         let names = settings.iter().chain(&ours).map(|(name, value)| (name.as_str(), value.as_str()));
         let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
-        message::startup_message(&mut out, identity.into_iter().chain(names).chain(application));
+        message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
         stream.send_all(&out).await?;
         let mut login = Login { stream, buf: Vec::new(), read: 0 };
         let password = server_password(self.master_secret.expose(), &role);
-        login.authenticate(&role, &password, &self.keys, &tenant.shard.name).await?;
+        let known = (tenant.shard.name.clone(), role.clone());
+        let cached = self.keys.get(&known).map(|keys| keys.clone());
+        if let Some(keys) = login.authenticate(&role, &password, cached).await? {
+            if self.keys.len() >= MAX_CACHED_KEYS {
+                self.keys.clear();
+            }
+            self.keys.insert(known, keys);
+        }
         let (params, pid, secret) = login.finish(&role).await?;
         let cancels = Arc::new(UnderWay::default());
         let target = Target { dialer, pid, secret: secret.into(), under_way: cancels.clone() };
@@ -216,8 +231,10 @@ impl Dialer {
             Ok::<_, ServerError>(Stream::Plain(Socket::Tcp(socket)))
         };
         let mut stream = plain().await?;
-        let Some(config) = self.tls.config() else { return Ok(stream) };
-        let optional = matches!(self.tls.mode(), SslMode::Allow | SslMode::Prefer);
+        let tls = self.tls.current();
+        if !tls.asks() {
+            return Ok(stream);
+        }
         let mut request = BytesMut::new();
         message::ssl_request(&mut request);
         stream.send_all(&request).await?;
@@ -228,16 +245,20 @@ impl Dialer {
         }
         match answer[0] {
             b'S' => {
-                let name = rustls::pki_types::ServerName::try_from(host.to_owned())
+                let name = super::tls::server_name(host)
                     .map_err(|_| ServerError::Protocol("the host is not a name that TLS knows"))?;
-                Ok(stream.connect_tls(config, name).await?)
+                Ok(stream.connect_tls(tls.config.clone(), name).await?)
             }
-            b'N' if optional => Ok(stream),
-            b'N' => Err(ServerError::Protocol("the server does not support TLS, but server_tls_sslmode requires it")),
+            b'N' if tls.requires() => {
+                Err(ServerError::Protocol("the server does not support TLS, but server_tls_sslmode requires it"))
+            }
+            b'N' => Ok(stream),
             _ => Err(ServerError::Protocol("unexpected answer to SSLRequest")),
         }
     }
 }
+
+const OUT_OF_ORDER: ServerError = ServerError::Protocol("authentication messages out of order");
 
 /// A server connection that is still logging in.
 struct Login {
@@ -253,53 +274,55 @@ impl Login {
         next_message(&mut self.stream, &mut self.buf, &mut self.read).await
     }
 
+    /// Proves that we know the role's password. Returns the keys with which the next proof is cheaper.
     async fn authenticate(
         &mut self,
         role: &str,
         password: &str,
-        keys: &KeyCache,
-        shard: &str,
-    ) -> Result<(), ServerError> {
-        let mut scram: Option<ClientExchange> = None;
+        mut cached: Option<CachedKeys>,
+    ) -> Result<Option<CachedKeys>, ServerError> {
+        let mut scram: Option<Scram> = None;
+        let mut proof: Option<ServerProof> = None;
+        let mut learnt = None;
         loop {
             let (tag, body) = self.next().await?;
-            if tag == b'v' {
-                continue;
+            match tag {
+                b'R' => {}
+                b'v' | b'N' => continue,
+                _ => return Err(ServerError::Protocol("unexpected message during authentication")),
             }
-            if tag != b'R' {
-                return Err(ServerError::Protocol("unexpected message during authentication"));
-            }
-            let request = Authentication::read(&body).map_err(|_| ServerError::Protocol("malformed authentication request"))?;
+            let request =
+                Authentication::read(&body).map_err(|_| ServerError::Protocol("malformed authentication request"))?;
             let mut out = BytesMut::new();
             match request {
-                Authentication::Ok => return Ok(()),
+                Authentication::Ok if scram.is_some() || proof.is_some() => return Err(OUT_OF_ORDER),
+                Authentication::Ok => return Ok(learnt),
                 Authentication::CleartextPassword if self.stream.is_tls() => message::password(&mut out, password),
                 Authentication::CleartextPassword => {
                     return Err(ServerError::Protocol("it asks for a password in clear text without TLS"));
                 }
                 Authentication::Md5Password(salt) => {
-                    let hash = postgres_protocol::authentication::md5_hash(role.as_bytes(), password.as_bytes(), salt);
-                    message::password(&mut out, &hash);
+                    message::password(&mut out, &super::scram::md5_password(role, password, salt));
                 }
                 Authentication::Sasl(mechanisms) => {
-                    let binding = super::tls::channel_binding(&self.stream);
-                    let (exchange, mechanism, first) = ClientExchange::start(&mechanisms, binding, keys.get(shard, role))
-                        .map_err(ServerError::Protocol)?;
+                    let end_point = self.stream.server_end_point();
+                    let exchange = Scram::new(&mechanisms, password, cached.take(), end_point.as_deref(), nonce())?;
+                    let (mechanism, first) = exchange.initial();
                     message::sasl_initial_response(&mut out, mechanism, &first);
                     scram = Some(exchange);
                 }
                 Authentication::SaslContinue(data) => {
-                    let exchange = scram.as_mut().ok_or(ServerError::Protocol("SASL out of order"))?;
-                    let last = exchange.answer(data, password).map_err(ServerError::Protocol)?;
+                    let (last, expected) = scram.take().ok_or(OUT_OF_ORDER)?.respond(data)?;
                     message::sasl_response(&mut out, &last);
+                    proof = Some(expected);
                 }
                 Authentication::SaslFinal(data) => {
-                    let exchange = scram.as_mut().ok_or(ServerError::Protocol("SASL out of order"))?;
-                    let learnt = exchange.finish(data).map_err(ServerError::Protocol)?;
-                    keys.put(shard, role, learnt);
+                    learnt = Some(proof.take().ok_or(OUT_OF_ORDER)?.verify(data)?);
                     continue;
                 }
-                _ => return Err(ServerError::Protocol("it asks for a kind of authentication that is not supported")),
+                Authentication::Other(_) => {
+                    return Err(ServerError::Protocol("it asks for a kind of authentication that is not supported"));
+                }
             }
             self.stream.send_all(&out).await?;
         }
@@ -372,7 +395,7 @@ pub fn server_error(body: &[u8]) -> PgError {
     let Ok(fields) = ErrorFields::read(body) else {
         return PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "the server sent a malformed error");
     };
-    fields.to_error()
+    fields.into()
 }
 
 fn parameter(body: &[u8]) -> Result<(&str, &str), ServerError> {

@@ -6,7 +6,6 @@
 pub mod flow;
 pub mod scan;
 pub mod session;
-pub mod signals;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -18,6 +17,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::time::{Instant, Sleep};
 
+use crate::client::signals::{Signal, Signals};
 use crate::config::PoolMode;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
@@ -33,7 +33,6 @@ use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 use flow::Flow;
 use session::{Link, Session, Statements, Verdict};
-use signals::{Signal, Signals};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
