@@ -28,6 +28,7 @@
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
 pub mod config;
+pub mod control;
 pub mod directory;
 pub mod error;
 pub mod metrics;
