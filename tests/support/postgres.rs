@@ -59,11 +59,14 @@ impl Cluster {
         }
         let password_file = dir.path().join("pw");
         std::fs::write(&password_file, PASSWORD).unwrap();
-        let cluster =
-            Self { bin, port: free_port(), settings: settings.iter().map(|&s| s.to_owned()).collect(), dir };
+        let cluster = Self { bin, port: free_port(), settings: settings.iter().map(|&s| s.to_owned()).collect(), dir };
         cluster.run("initdb", |c| {
-            c.args(["-D", path(&cluster.data()), "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8"])
-                .args(["--no-locale", "--no-sync", "--pwfile", path(&password_file)])
+            c.args(["-D", path(&cluster.data()), "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8"]).args([
+                "--no-locale",
+                "--no-sync",
+                "--pwfile",
+                path(&password_file),
+            ])
         });
         cluster.launch();
         cluster
