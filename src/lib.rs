@@ -30,6 +30,7 @@
 pub mod client;
 pub mod config;
 pub mod connection;
+pub mod control;
 pub mod directory;
 pub mod error;
 pub mod metrics;
