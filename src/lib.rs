@@ -25,10 +25,16 @@
 //! | [`relay`] | the hot path between the two |
 //! | [`control`] | changes to the world: catalog, provisioning, HTTP |
 //!
+//! [`cli`] turns arguments and signals into calls of the server, [`dev`] adds clusters of its own.
+//!
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
+pub mod cli;
 pub mod config;
+pub mod control;
+pub mod dev;
 pub mod directory;
 pub mod error;
 pub mod metrics;
+pub mod server;
 pub mod tenant;

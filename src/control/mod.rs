@@ -1,0 +1,2 @@
+//! Stub: replaced by the control plane.
+pub mod cli;
