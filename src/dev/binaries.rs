@@ -32,7 +32,7 @@ impl Binaries {
                 .and_then(|dir| Self::at(&dir))
                 .ok_or_else(|| DevError::BadBinaries { variable: "PG_CONFIG", path: program.into() });
         }
-        let on_path = env("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+        let on_path = env("PATH").map(|path| std::env::split_paths(&path).collect::<Vec<_>>()).unwrap_or_default();
         let packaged = PACKAGED.iter().flat_map(|pattern| newest_first(pattern));
         let places: Vec<PathBuf> = bindir("pg_config").into_iter().chain(on_path).chain(packaged).collect();
         places.iter().find_map(|dir| Self::at(dir)).ok_or(DevError::NoPostgres)
