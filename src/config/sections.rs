@@ -1,61 +1,12 @@
-//! The configuration file: sections, keys, units, defaults.
+//! What can be configured: sections, fields and their defaults. How they are written in a file is told by `keys.rs`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A text that must not be shown: `Debug` masks it and there is no `Display`.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret text.
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-
-    /// The text itself; say why at the call.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("***")
-    }
-}
-
-/// Everything that can be configured.
-#[derive(Debug, Clone, Default)]
-pub struct Config {
-    /// `[proxy]`
-    pub proxy: Proxy,
-    /// `[pool]`
-    pub pool: Pool,
-    /// `[tls]`
-    pub tls: Tls,
-    /// `[auth]`
-    pub auth: Auth,
-    /// `[identify]`
-    pub identify: Identify,
-    /// `[[users]]`: application users
-    pub users: Vec<User>,
-    /// `[catalog]`
-    pub catalog: Catalog,
-    /// `[[shards]]`: written into the catalog at start
-    pub shards: Vec<ShardConfig>,
-    /// `[provision]`
-    pub provision: Provision,
-    /// `[api]`
-    pub api: Api,
-    /// `[metrics]`
-    pub metrics: Metrics,
-    /// `[log]`
-    pub log: Log,
-}
+use super::Secret;
 
 /// `[proxy]`: where clients arrive.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
     /// Addresses to listen on, comma-separated; `*` is every one; empty for none.
     pub listen_addr: String,
@@ -97,7 +48,7 @@ pub enum PoolMode {
 }
 
 /// `[pool]`: server connections.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
     /// When a server connection goes back.
     pub pool_mode: PoolMode,
@@ -137,7 +88,7 @@ pub enum SslMode {
 }
 
 /// `[tls]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
     /// TLS towards clients.
     pub client_tls_sslmode: SslMode,
@@ -167,7 +118,7 @@ pub enum AuthType {
 }
 
 /// `[auth]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Auth {
     /// How clients prove who they are.
     pub auth_type: AuthType,
@@ -189,7 +140,7 @@ pub enum Source {
 }
 
 /// `[identify]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identify {
     /// Places, the first that names a tenant wins; two that disagree are an error.
     pub order: Vec<Source>,
@@ -200,7 +151,7 @@ pub struct Identify {
 }
 
 /// `[[users]]`: an application user.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct User {
     /// Its name.
     pub name: String,
@@ -213,7 +164,7 @@ pub struct User {
 }
 
 /// `[catalog]`: the control database. With no `host` it is database `pgusher` on the first shard.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Catalog {
     /// Host name, address or socket directory.
     pub host: Option<String>,
@@ -228,7 +179,7 @@ pub struct Catalog {
 }
 
 /// `[[shards]]`: one PostgreSQL cluster.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardConfig {
     /// Its name.
     pub name: String,
@@ -251,7 +202,7 @@ pub struct ShardConfig {
 }
 
 /// `[provision]`: how a tenant is made.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provision {
     /// Plan of new tenants.
     pub plan: crate::tenant::Plan,
@@ -270,7 +221,7 @@ pub struct Provision {
 }
 
 /// `[api]`: the admin HTTP API.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Api {
     /// Address and port; empty turns it off.
     pub listen: String,
@@ -283,7 +234,7 @@ pub struct Api {
 }
 
 /// `[metrics]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metrics {
     /// Address and port of `/metrics`, `/healthz`, `/readyz`; empty turns it off.
     pub listen: String,
@@ -303,7 +254,7 @@ pub enum LogFormat {
 }
 
 /// `[log]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Log {
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,pgusher::pool=debug`.
     pub level: String,
