@@ -1,5 +1,7 @@
 //! Dashboard, alert rules and documentation name only metrics that exist, and the documentation names all of them.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

@@ -201,6 +201,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Dev { options, config } => {
             let config = load(config.as_deref(), Purpose::Dev)?;
             let _logging = Logging::start(&config.log)?;
+            warn(&config);
             let result = dev::run(options, config, Signals::listen()?).await;
             result.map_err(|error| Failure { message: error.to_string(), hint: error.hint().map(str::to_owned) })?;
             Ok(ExitCode::SUCCESS)
@@ -218,6 +219,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
 async fn serve(path: &Path) -> Result<ExitCode, Failure> {
     let mut config = load(Some(path), Purpose::Serve)?;
     let logging = Logging::start(&config.log)?;
+    warn(&config);
     let mut signals = Signals::listen()?;
     let server = tokio::select! {
         started = Server::start(config.clone()) => started?,
@@ -227,6 +229,7 @@ async fn serve(path: &Path) -> Result<ExitCode, Failure> {
         match load(Some(path), Purpose::Serve) {
             Ok(new) => {
                 logging.change(&new.log);
+                warn(&new);
                 match server.reload(new.clone()).await {
                     Ok(()) => {
                         config = new;
@@ -248,24 +251,35 @@ async fn serve(path: &Path) -> Result<ExitCode, Failure> {
 }
 
 fn check(path: &Path) -> ExitCode {
-    let mistakes = crate::config::check(path);
-    for mistake in &mistakes {
-        println!("{mistake}");
-    }
-    match mistakes.len() {
-        0 => {
+    match crate::config::check(path) {
+        Ok(warnings) => {
+            for warning in warnings {
+                println!("{}: warning: {warning}", path.display());
+            }
             println!("{}: no mistakes", path.display());
             ExitCode::SUCCESS
         }
-        _ => ExitCode::FAILURE,
+        Err(mistakes) => {
+            println!("{mistakes}");
+            ExitCode::FAILURE
+        }
     }
 }
 
+/// Reads the file, if there is one, and the environment.
 fn load(path: Option<&Path>, purpose: Purpose) -> Result<Config, Failure> {
-    Config::load(path, std::env::vars(), purpose).map_err(|mistakes| Failure {
-        message: mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
-        hint: None,
-    })
+    let config = match path {
+        Some(path) => Config::load(path, std::env::vars_os(), purpose),
+        None => Config::parse("environment", "", std::env::vars_os(), purpose),
+    };
+    config.map_err(|mistakes| Failure { message: mistakes.to_string(), hint: None })
+}
+
+/// Says what is allowed and probably not meant, once the log runs.
+fn warn(config: &Config) {
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
 }
 
 /// Reads the configuration for a command that answers and ends; its log is for warnings only.

@@ -392,25 +392,3 @@ impl Default for Log {
         Self { level: "info".into(), format: LogFormat::Text, log_connections: true }
     }
 }
-
-// ---- stub, replaced by the loader ----
-#[allow(missing_docs)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    Serve,
-    Dev,
-}
-#[allow(missing_docs, clippy::missing_errors_doc)]
-impl Config {
-    pub fn load(
-        _: Option<&std::path::Path>,
-        _: impl IntoIterator<Item = (String, String)>,
-        _: Purpose,
-    ) -> Result<Self, Vec<String>> {
-        Ok(Self::default())
-    }
-}
-#[allow(missing_docs)]
-pub fn check(_: &std::path::Path) -> Vec<String> {
-    Vec::new()
-}
