@@ -28,7 +28,8 @@ while read -r name source; do
   [ -n "$value" ] || fail "secrets.sh makes no $source"
   set -- "$@" "$name=$value"
 done <"$tmp/variables"
-env "$@" "${CARGO_TARGET_DIR:-target}/debug/pgusher" check --config docker/pgusher.toml
+# The template is where the image puts it.
+env "$@" PGUSHER_PROVISION_TEMPLATE_DIR=config/template "${CARGO_TARGET_DIR:-target}/debug/pgusher" check --config docker/pgusher.toml
 
 if command -v promtool >/dev/null 2>&1; then
   cp docker/prometheus.yml config/prometheus/rules.yml "$tmp/"
