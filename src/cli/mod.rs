@@ -201,7 +201,6 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Dev { options, config } => {
             let config = load(config.as_deref(), Purpose::Dev)?;
             let _logging = Logging::start(&config.log)?;
-            warn(&config);
             let result = dev::run(options, config, Signals::listen()?).await;
             result.map_err(|error| Failure { message: error.to_string(), hint: error.hint().map(str::to_owned) })?;
             Ok(ExitCode::SUCCESS)

@@ -255,6 +255,9 @@ fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cl
             auto_provision: true,
         });
     }
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     for listen in [&mut config.api.listen, &mut config.metrics.listen] {
         *listen = http_address(listen, options.port);
     }
