@@ -73,6 +73,13 @@ pub struct Admitted {
     _counted: Counted,
 }
 
+impl Admitted {
+    /// The tenant that it belongs to.
+    pub fn tenant_id(&self) -> &str {
+        self.tenant.id.as_str()
+    }
+}
+
 /// One client more, as long as it lives.
 struct Counted(Arc<Shared>);
 
@@ -199,8 +206,7 @@ async fn prove(
         AuthType::ScramSha256 => {
             let verifier = verifier(&shared.directory, &identity.login);
             let end_point = opening.end_point.clone();
-            let exchange =
-                Exchange::new(&user, verifier.as_ref(), &shared.mock, end_point.as_deref(), nonce());
+            let exchange = Exchange::new(&user, verifier.as_ref(), &shared.mock, end_point.as_deref(), nonce());
             opening.authenticate(exchange, unsent).await?;
         }
         AuthType::Trust if exists(&shared.directory, &identity.login) => {}
@@ -380,7 +386,9 @@ async fn welcome(
         let mut lease = match pool.checkout(settings, application_name, settled.relay.query_wait_timeout).await {
             Ok(lease) => lease,
             Err(CheckoutError::Failed(error)) => return Err(error),
-            Err(CheckoutError::Retired) if worker.directory.find(tenant.id.as_str()).is_some_and(|t| t.epoch == tenant.epoch) => {
+            Err(CheckoutError::Retired)
+                if worker.directory.find(tenant.id.as_str()).is_some_and(|t| t.epoch == tenant.epoch) =>
+            {
                 continue;
             }
             Err(CheckoutError::Retired) => {

@@ -25,14 +25,19 @@
 //! | [`relay`] | the hot path between the two |
 //! | [`control`] | changes to the world: catalog, provisioning, HTTP |
 //!
+//! [`cli`] turns arguments and signals into calls of the server, [`dev`] adds clusters of its own.
+//!
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod connection;
 pub mod control;
+pub mod dev;
 pub mod directory;
 pub mod error;
+pub mod exporter;
 pub mod metrics;
 pub mod pool;
 pub mod relay;

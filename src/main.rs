@@ -1,3 +1,9 @@
 //! The `pgusher` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    pgusher::cli::run(pgusher::cli::Cli::parse())
+}

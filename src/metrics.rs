@@ -226,7 +226,8 @@ impl Metrics {
 
     /// Forgets the counters of tenants that have had no client for a while.
     pub fn forget_idle_tenants(&self, second: u64) {
-        self.tenants.retain(|_, t| t.clients.load(Ordering::Relaxed) > 0 || Arc::strong_count(t) > 1 || t.rate(second) > 0.0);
+        self.tenants
+            .retain(|_, t| t.clients.load(Ordering::Relaxed) > 0 || Arc::strong_count(t) > 1 || t.rate(second) > 0.0);
     }
 
     /// Counts an error by SQLSTATE and by who made it (`server` or `proxy`).

@@ -109,12 +109,7 @@ pub async fn open(mut stream: Stream, tls: Option<Arc<Accepting>>) -> Opened {
     }
 }
 
-async fn start_tls(
-    mut stream: Stream,
-    input: &mut BytesMut,
-    reply: Option<u8>,
-    tls: &Accepting,
-) -> Option<Stream> {
+async fn start_tls(mut stream: Stream, input: &mut BytesMut, reply: Option<u8>, tls: &Accepting) -> Option<Stream> {
     if let Some(byte) = reply {
         stream.send_all(&[byte]).await.ok()?;
     }

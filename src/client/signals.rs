@@ -70,7 +70,10 @@ impl Signals {
         }
         let reason = || {
             let shutdown = || {
-                PgError::fatal(crate::error::sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+                PgError::fatal(
+                    crate::error::sqlstate::ADMIN_SHUTDOWN,
+                    "terminating connection due to administrator command",
+                )
             };
             self.reason.lock().clone().unwrap_or_else(shutdown)
         };

@@ -10,8 +10,8 @@ use super::mistake::{Mistake, Place, nearest};
 
 const PREFIX: &str = "PGUSHER_";
 
-/// Variables that are read elsewhere: the configuration file's own name.
-const ELSEWHERE: &[&str] = &["PGUSHER_CONFIG"];
+/// Variables that are read elsewhere: the configuration file's own name, and what `pgusher dev` starts servers with.
+const ELSEWHERE: &[&str] = &["PGUSHER_CONFIG", "PGUSHER_PG_BIN", "PGUSHER_PG_USER"];
 
 /// Puts variables over what the file says.
 pub(super) fn overlay(

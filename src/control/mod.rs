@@ -110,6 +110,8 @@ pub struct Control {
     health: DashMap<String, ShardHealth>,
     probes: DashMap<String, tokio_postgres::Client>,
     storage: DashMap<TenantId, u64>,
+    /// The largest of them, found when they were measured, so that a scrape need not look at all.
+    largest: arc_swap::ArcSwap<Vec<(TenantId, u64)>>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
 }
@@ -253,6 +255,7 @@ impl Control {
             health: DashMap::new(),
             probes: DashMap::new(),
             storage: DashMap::new(),
+            largest: arc_swap::ArcSwap::default(),
             tasks: TaskTracker::new(),
             shutdown,
         })
@@ -268,9 +271,24 @@ impl Control {
         self.follower.as_ref().is_none_or(follow::Handle::is_connected)
     }
 
-    /// Bytes that each tenant uses, as last measured.
-    pub fn storage(&self) -> &DashMap<TenantId, u64> {
-        &self.storage
+    /// Bytes that a tenant uses, as last measured.
+    pub fn storage_of(&self, id: &str) -> Option<u64> {
+        self.storage.get(id).map(|bytes| *bytes)
+    }
+
+    /// The tenants that use most, as last measured; at most `metrics_top_tenants`.
+    pub fn largest_tenants(&self) -> Arc<Vec<(TenantId, u64)>> {
+        self.largest.load_full()
+    }
+
+    /// Takes over what a reload may change: the users of the configuration file.
+    pub async fn reload(&self, config: &Config) {
+        for name in self.config.users.iter().map(|user| &user.name) {
+            if !config.users.iter().any(|user| user.name == *name) {
+                self.directory.remove_user(name);
+            }
+        }
+        put_config_users(config, &self.directory).await;
     }
 
     /// Waits until the tasks have ended after the shutdown token was cancelled; creations and deletions under way

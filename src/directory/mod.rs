@@ -64,6 +64,11 @@ impl Tenant {
         self.plan.role(&self.id)
     }
 
+    /// The schema that holds its objects.
+    pub fn schema(&self) -> String {
+        self.plan.schema(&self.id)
+    }
+
     /// The database that it lives in.
     pub fn database(&self) -> &str {
         &self.shard.database

@@ -142,8 +142,10 @@ impl Connector {
             match tokio::time::timeout(self.server_connect_timeout, work).await {
                 Ok(result) => result,
                 Err(_) => {
-                    return Err(unreachable(&tenant.shard)
-                        .detail(format!("No login within server_connect_timeout = {:?}.", self.server_connect_timeout)));
+                    return Err(unreachable(&tenant.shard).detail(format!(
+                        "No login within server_connect_timeout = {:?}.",
+                        self.server_connect_timeout
+                    )));
                 }
             }
         };
@@ -193,7 +195,8 @@ impl Connector {
         let cancels = Arc::new(UnderWay::default());
         let target = Target { dialer, pid, secret: secret.into(), under_way: cancels.clone() };
         let now = Instant::now();
-        let lifetime = if self.server_lifetime.is_zero() { Duration::from_secs(10 * 365 * 86_400) } else { self.server_lifetime };
+        let lifetime =
+            if self.server_lifetime.is_zero() { Duration::from_secs(10 * 365 * 86_400) } else { self.server_lifetime };
         Ok(ServerConnection {
             stream: login.stream,
             settings,

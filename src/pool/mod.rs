@@ -17,8 +17,8 @@ pub mod statements;
 pub mod tls;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -27,15 +27,15 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use crate::directory::Tenant;
 use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
-use statements::Registry;
-use crate::directory::Tenant;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
 pub use lease::Lease;
 use params::Params;
 use shard::{Budget, Ticket};
+use statements::Registry;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
@@ -94,6 +94,17 @@ struct Waiter {
     reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
 }
 
+/// Server connections to a shard.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Use {
+    /// All of them.
+    pub open: usize,
+    /// Those that wait for work.
+    pub idle: usize,
+    /// Those that are being opened.
+    pub connecting: usize,
+}
+
 /// Why there is no server connection.
 #[derive(Debug, Clone)]
 pub enum CheckoutError {
@@ -107,7 +118,14 @@ impl Pools {
     /// No pools yet.
     pub fn new(connector: Arc<Connector>, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let limits = arc_swap::ArcSwap::from_pointee(limits);
-        Self { pools: DashMap::new(), budgets: DashMap::new(), connector, limits, metrics, statement_ids: Arc::default() }
+        Self {
+            pools: DashMap::new(),
+            budgets: DashMap::new(),
+            connector,
+            limits,
+            metrics,
+            statement_ids: Arc::default(),
+        }
     }
 
     /// The tenant's pool; made on first use, and anew when the tenant's epoch has grown.
@@ -167,10 +185,16 @@ impl Pools {
         self.pools.get(id).map_or((0, 0), |pool| pool.connections())
     }
 
-    /// Open and idle connections of a shard.
-    pub fn shard_connections(&self, shard: &str) -> (usize, usize) {
-        let Some(budget) = self.budgets.get(shard).map(|b| b.clone()) else { return (0, 0) };
-        (budget.open(), budget.pools().iter().map(|pool| pool.connections().1).sum())
+    /// How a shard's budget is used.
+    pub fn shard_use(&self, shard: &str) -> Use {
+        let Some(budget) = self.budgets.get(shard).map(|b| b.clone()) else { return Use::default() };
+        let mut used = Use { open: budget.open(), ..Use::default() };
+        for pool in budget.pools() {
+            let state = pool.state.lock();
+            used.idle += state.idle.len();
+            used.connecting += state.connecting;
+        }
+        used
     }
 
     /// Every pool that is there, with its tenant.
@@ -184,7 +208,8 @@ impl Pools {
         let limits = self.limits.load();
         for pool in self.live() {
             pool.close_expired(now, limits.server_idle_timeout);
-            let removed = self.pools.remove_if(&pool.tenant.id, |_, held| Arc::ptr_eq(held, &pool) && pool.retire_if_empty());
+            let removed =
+                self.pools.remove_if(&pool.tenant.id, |_, held| Arc::ptr_eq(held, &pool) && pool.retire_if_empty());
             if removed.is_some() {
                 pool.budget.leave(&pool);
             }
@@ -307,7 +332,8 @@ impl Pool {
         let to_close = {
             let mut state = self.state.lock();
             let oldest = state.waiters.front().map(|waiter| waiter.since);
-            let elsewhere = self.budget.contended() && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
+            let elsewhere =
+                self.budget.contended() && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
             if state.retired || conn.expires <= now || elsewhere {
                 Some(conn)
             } else {
@@ -337,7 +363,11 @@ impl Pool {
                 let unmet = state.waiters.len() > state.connecting;
                 if state.retired || !unmet || state.open >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
-                    let stale = if unmet && !state.retired && !state.idle.is_empty() { Some(state.idle.remove(0)) } else { None };
+                    let stale = if unmet && !state.retired && !state.idle.is_empty() {
+                        Some(state.idle.remove(0))
+                    } else {
+                        None
+                    };
                     drop(state);
                     if stale.is_none() {
                         return;

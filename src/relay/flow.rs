@@ -172,7 +172,12 @@ impl Flow {
     /// Receives some bytes; 0 is the end of the stream. There is always room for more: a buffer full of one frame that
     /// must be seen whole grows, and who asks for that has checked the frame's length.
     #[inline]
-    pub fn poll_fill(&mut self, cx: &mut Context<'_>, stream: &mut Stream, buffers: &Buffers) -> Poll<io::Result<usize>> {
+    pub fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut Stream,
+        buffers: &Buffers,
+    ) -> Poll<io::Result<usize>> {
         if self.buf.is_none() {
             ready!(stream.poll_readable(cx))?;
             self.buf = Some(buffers.take());

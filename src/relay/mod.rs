@@ -402,18 +402,21 @@ impl Relay {
             return Ok(());
         }
         if let Some(script) = conn.params.script_to(&self.client.params) {
-            let work = conn.simple_queries(&[&script]);
+            let statements = [script.as_str()];
+            let work = conn.simple_queries(&statements);
             let limit = self.client.rules.server_reset_timeout.max(Duration::from_secs(1));
             match tokio::time::timeout(limit, work).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    let error = PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                        .detail(format!("{error}."));
+                    let error =
+                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
+                            .detail(format!("{error}."));
                     return Err(End::Told(error));
                 }
                 Err(_) => {
-                    let error = PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                        .detail("The server did not answer in time.");
+                    let error =
+                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
+                            .detail("The server did not answer in time.");
                     return Err(End::Told(error));
                 }
             }

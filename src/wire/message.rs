@@ -464,6 +464,14 @@ pub fn parse(buf: &mut BytesMut, name: &[u8], sql: &[u8], types: &[u8]) {
     });
 }
 
+/// Parse; `body` is what follows the name: text, NUL, number and OIDs of the parameter types.
+pub fn parse_with(buf: &mut BytesMut, name: &[u8], body: &[u8]) {
+    put_message(buf, frontend::PARSE, |b| {
+        put_cstr(b, name);
+        b.put_slice(body);
+    });
+}
+
 /// Describe; `kind` is `S` (statement) or `P` (portal).
 pub fn describe(buf: &mut BytesMut, kind: u8, name: &[u8]) {
     put_message(buf, frontend::DESCRIBE, |b| {

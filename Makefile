@@ -1,0 +1,80 @@
+# What is typed here, in short:
+#   make demo         install what is missing, build, start clusters and proxy, print DSNs to paste
+#   make demo-stop    stop it again (make demo-clean removes its data too)
+#   make test         everything that CI runs
+#   make test-clients tests with real drivers (downloads them)
+#   make lint         formatting, clippy, documentation
+#
+# Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
+# SKIP_DEPS=1 installs nothing.
+
+CARGO   ?= cargo
+PROFILE ?= dev
+PORT    ?= 6432
+DEMO    ?= .demo
+
+TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+PGUSHER    := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/pgusher
+DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
+
+export PGUSHER DEMO PORT
+
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients lint clean
+
+all: build
+
+build:
+	$(CARGO) build --locked --profile $(PROFILE)
+
+demo:
+	$(DEPS) build server
+	$(CARGO) build --locked --profile $(PROFILE)
+	.ci/demo start
+
+# In the foreground, until Ctrl-C.
+demo-run: build
+	$(PGUSHER) dev --data $(DEMO) --port $(PORT)
+
+demo-stop:
+	.ci/demo stop
+
+demo-clean:
+	.ci/demo clean
+
+# One after the other, whatever -j says: they share the processors and some of them measure time.
+test:
+	$(DEPS) build server promtool
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test-rust
+	$(MAKE) --no-print-directory test-rules
+	$(MAKE) --no-print-directory test-files
+
+# nextest runs each test in a process of its own, but not the examples in the documentation.
+test-rust:
+	$(CARGO) build --locked
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+	  $(CARGO) nextest run --locked --no-fail-fast && $(CARGO) test --locked --doc; \
+	else \
+	  $(CARGO) test --locked --no-fail-fast; \
+	fi
+
+test-rules:
+	promtool check config config/prometheus/prometheus.yml
+	promtool test rules config/prometheus/rules_test.yml
+
+test-files:
+	.ci/check-files
+
+test-clients:
+	$(DEPS) build server clients
+	$(CARGO) build --locked
+	tests/clients/run
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; else echo "cargo deny is not installed: skipped"; fi
+
+clean: demo-clean
+	$(CARGO) clean

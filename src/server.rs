@@ -1,0 +1,560 @@
+//! Builds [`Shared`] from the configuration, binds, accepts, drains.
+//!
+//! Threads: each worker has a runtime of its own on a thread of its own, accepts on a socket of its own
+//! (`SO_REUSEPORT`), and serves the tenants that fall to it. A tenant's clients and server connections live on one
+//! worker, so that nothing on the path of a query crosses threads. The control plane and HTTP run on the runtime that
+//! called [`Server::start`].
+
+use std::collections::HashSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::auth::MockSecret;
+use crate::client::sessions::Sessions;
+use crate::client::tls::ServerTls;
+use crate::config::{AuthType, Config};
+use crate::connection::{self, Admitted, Peer};
+use crate::control::{Control, ControlError, Traffic, api};
+use crate::directory::Directory;
+use crate::directory::connector::Connector as AdminConnector;
+use crate::error::{PgError, sqlstate};
+use crate::exporter::{self, Exporter};
+use crate::metrics::Metrics;
+use crate::pool::cancel::CancelKeys;
+use crate::pool::connect::Connector;
+use crate::pool::tls::ClientTls;
+use crate::pool::{Limits, Pools, Settings};
+use crate::relay::{Rules, Worker};
+use crate::stream::{Buffers, Socket, Stream};
+use crate::tenant::TenantId;
+use crate::tenant::identify::{self, InvalidRegex};
+use crate::tls::TlsError;
+
+/// Why the proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A certificate, key or CA.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// `[identify] username_regex`
+    #[error("username_regex: {0}")]
+    Regex(#[from] InvalidRegex),
+    /// The catalog.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// An address that cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address, or the socket's path.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A thread or runtime.
+    #[error("cannot start a worker: {0}")]
+    Worker(io::Error),
+}
+
+/// What a client needs of the configuration, as it was when it came.
+pub struct Settled {
+    /// From accept to the end of authentication.
+    pub client_login_timeout: Duration,
+    /// Most clients.
+    pub max_client_conn: usize,
+    /// How tenants are named.
+    pub identify: identify::Rules,
+    /// How clients prove who they are.
+    pub auth_type: AuthType,
+    /// A line when a client connects and goes.
+    pub log_connections: bool,
+    /// For the relay.
+    pub relay: Arc<Rules>,
+}
+
+/// What all connections share.
+pub struct Shared {
+    settled: ArcSwap<Settled>,
+    /// Where tenants live.
+    pub directory: Arc<Directory>,
+    /// Server connections.
+    pub pools: Arc<Pools>,
+    /// Cancel keys.
+    pub cancels: Arc<CancelKeys>,
+    /// Everything that is counted.
+    pub metrics: Arc<Metrics>,
+    /// Connected clients.
+    pub sessions: Arc<Sessions>,
+    /// TLS towards clients.
+    pub server_tls: ServerTls,
+    /// For the challenges of logins that do not exist.
+    pub mock: MockSecret,
+    /// Startup settings in use.
+    pub settings: Interner,
+    workers: Vec<(Handle, Arc<Worker>)>,
+    hasher: ahash::RandomState,
+    next_client: AtomicU64,
+    draining: AtomicBool,
+}
+
+/// Equal startup settings, kept once.
+#[derive(Default)]
+pub struct Interner(Mutex<HashSet<Arc<Settings>>>);
+
+impl Interner {
+    /// The one of its kind.
+    pub fn intern(&self, settings: Settings) -> Arc<Settings> {
+        let mut known = self.0.lock();
+        if let Some(same) = known.get(&settings) {
+            return same.clone();
+        }
+        if known.len() >= 256 && known.len().is_power_of_two() {
+            known.retain(|settings| Arc::strong_count(settings) > 1);
+        }
+        let settings = Arc::new(settings);
+        known.insert(settings.clone());
+        settings
+    }
+}
+
+impl Shared {
+    /// The configuration for a client that comes now.
+    pub fn settled(&self) -> Arc<Settled> {
+        self.settled.load_full()
+    }
+
+    /// A number for a client.
+    pub fn next_client(&self) -> u64 {
+        self.next_client.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Whether the proxy is shutting down.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Has a logged-in client served by its tenant's worker.
+    pub fn hand_over(self: &Arc<Self>, admitted: Admitted) {
+        let at = self.hasher.hash_one(admitted.tenant_id()) % self.workers.len() as u64;
+        let Some((handle, worker)) = usize::try_from(at).ok().and_then(|at| self.workers.get(at)) else { return };
+        handle.spawn(connection::serve(admitted, self.clone(), worker.clone()));
+    }
+}
+
+impl Traffic for Shared {
+    fn close_tenant(&self, id: &TenantId, why: PgError) {
+        self.pools.close_tenant(id.as_str());
+        self.sessions.close_tenant(id.as_str(), &why);
+    }
+
+    fn tenant_clients(&self, id: &TenantId) -> usize {
+        self.sessions.count(id.as_str())
+    }
+
+    fn tenant_servers(&self, id: &TenantId) -> usize {
+        self.pools.tenant_connections(id.as_str()).0
+    }
+
+    fn shard_servers(&self, shard: &str) -> (usize, usize) {
+        let used = self.pools.shard_use(shard);
+        (used.open, used.idle)
+    }
+}
+
+/// Where a server listens.
+#[derive(Debug, Clone)]
+pub struct Addresses {
+    /// For clients, by TCP.
+    pub proxy: Vec<SocketAddr>,
+    /// For clients, the Unix socket.
+    pub unix: Option<PathBuf>,
+    /// The admin API.
+    pub api: Option<SocketAddr>,
+    /// `/metrics`
+    pub metrics: Option<SocketAddr>,
+}
+
+/// A running proxy.
+pub struct Server {
+    shared: Arc<Shared>,
+    control: Arc<Control>,
+    client_tls: Arc<ClientTls>,
+    addresses: Addresses,
+    /// Stops accepting.
+    accepting: CancellationToken,
+    /// Stops everything.
+    shutdown: CancellationToken,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Requests for new tenants that may wait at a time.
+const PROVISION_QUEUE: usize = 1024;
+
+impl Server {
+    /// Connects to the catalog, binds and serves; it is ready when this returns.
+    ///
+    /// # Errors
+    /// [`ServeError`]
+    pub async fn start(config: Config) -> Result<Self, ServeError> {
+        let workers = if config.proxy.workers == 0 { cores() } else { config.proxy.workers };
+        let shutdown = CancellationToken::new();
+        let client_tls = Arc::new(ClientTls::new(&config.tls)?);
+        let (runtimes, threads) = start_threads(workers, &shutdown).map_err(ServeError::Worker)?;
+        let (provision, requests) = mpsc::channel(PROVISION_QUEUE);
+        let shared = Arc::new(build(&config, Directory::new(provision), client_tls.clone(), runtimes)?);
+        let control = start_control(&config, &shared, &client_tls, requests, shutdown.clone()).await?;
+        let accepting = shutdown.child_token();
+        let mut addresses = listen(&config, &shared, &accepting)?;
+        spawn_sweeper(&shared, shutdown.clone());
+        addresses.api = serve_api(&config, &control, &shutdown).await?;
+        addresses.metrics = serve_metrics(&config, &shared, &control, &shutdown).await?;
+        let threads = Mutex::new(threads);
+        Ok(Self { shared, control, client_tls, addresses, accepting, shutdown, threads })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    /// The control plane.
+    pub fn control(&self) -> Arc<Control> {
+        self.control.clone()
+    }
+
+    /// Takes over what can change while running: everything but addresses, workers, catalog and shards.
+    ///
+    /// # Errors
+    /// What is wrong with the new configuration; the old one stays.
+    pub async fn reload(&self, config: Config) -> Result<(), ServeError> {
+        let settled = settle(&config)?;
+        self.shared.server_tls.reload(&config.tls)?;
+        self.client_tls.reload(&config.tls)?;
+        self.shared.settled.store(Arc::new(settled));
+        self.shared.pools.set_limits(limits(&config));
+        self.control.reload(&config).await;
+        Ok(())
+    }
+
+    /// Stops accepting, lets transactions end for `timeout` (zero: for ever), and closes everything.
+    pub async fn drain(&self, timeout: Duration) {
+        self.shared.draining.store(true, Ordering::Release);
+        self.accepting.cancel();
+        let reason = PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
+        self.shared.sessions.drain(&reason);
+        let started = tokio::time::Instant::now();
+        while self.shared.metrics.clients.load(Ordering::Relaxed) > 0 {
+            if !timeout.is_zero() && started.elapsed() >= timeout {
+                tracing::warn!("shutdown_timeout: closing clients in the middle of their transactions");
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.stop().await;
+    }
+
+    async fn stop(&self) {
+        self.shared.pools.close_all();
+        self.shutdown.cancel();
+        self.control.finish().await;
+        let threads = std::mem::take(&mut *self.threads.lock());
+        let joined = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| drop(thread.join())));
+        let _ = joined.await;
+        if let Some(path) = &self.addresses.unix {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn settle(config: &Config) -> Result<Settled, ServeError> {
+    let (proxy, pool, identify) = (&config.proxy, &config.pool, &config.identify);
+    let databases = config.shards.iter().map(|shard| shard.database.clone());
+    let rules = identify::Rules::new(
+        identify.order.clone(),
+        identify.username_regex.as_deref(),
+        identify.sni_suffix.as_deref(),
+    )?;
+    Ok(Settled {
+        client_login_timeout: proxy.client_login_timeout,
+        max_client_conn: proxy.max_client_conn,
+        identify: rules.databases(databases),
+        auth_type: config.auth.auth_type,
+        log_connections: config.log.log_connections,
+        relay: Arc::new(Rules {
+            pool_mode: pool.pool_mode,
+            query_wait_timeout: pool.query_wait_timeout,
+            server_reset_timeout: pool.server_reset_timeout,
+            max_prepared_statements: pool.max_prepared_statements,
+            max_packet_size: proxy.max_packet_size,
+            client_idle_timeout: proxy.client_idle_timeout,
+            idle_transaction_timeout: proxy.idle_transaction_timeout,
+            query_timeout: proxy.query_timeout,
+        }),
+    })
+}
+
+fn limits(config: &Config) -> Limits {
+    Limits { default_pool_size: config.pool.default_pool_size, server_idle_timeout: config.pool.server_idle_timeout }
+}
+
+fn build(
+    config: &Config,
+    directory: Directory,
+    client_tls: Arc<ClientTls>,
+    runtimes: Vec<Handle>,
+) -> Result<Shared, ServeError> {
+    let settled = settle(config)?;
+    let directory = Arc::new(directory);
+    let metrics = Arc::new(Metrics::new(runtimes.len()));
+    let connector = Connector::new(
+        client_tls,
+        config.provision.master_secret.clone(),
+        config.pool.server_connect_timeout,
+        config.pool.server_lifetime,
+        metrics.clone(),
+    );
+    let pools = Arc::new(Pools::new(Arc::new(connector), limits(config), metrics.clone()));
+    let worker = |(at, handle): (usize, Handle)| {
+        let worker = Worker {
+            directory: directory.clone(),
+            pools: pools.clone(),
+            metrics: metrics.clone(),
+            stats: metrics.worker(at),
+            buffers: Buffers::new(config.proxy.pkt_buf),
+        };
+        (handle, Arc::new(worker))
+    };
+    let workers = runtimes.into_iter().enumerate().map(worker).collect();
+    Ok(Shared {
+        settled: ArcSwap::from_pointee(settled),
+        directory,
+        pools,
+        cancels: Arc::default(),
+        metrics,
+        sessions: Arc::default(),
+        server_tls: ServerTls::new(&config.tls)?,
+        mock: MockSecret::new(config.provision.master_secret.expose().as_bytes()),
+        settings: Interner::default(),
+        workers,
+        hasher: ahash::RandomState::new(),
+        next_client: 1.into(),
+        draining: false.into(),
+    })
+}
+
+fn start_threads(workers: usize, shutdown: &CancellationToken) -> io::Result<(Vec<Handle>, Vec<JoinHandle<()>>)> {
+    let (mut handles, mut threads) = (Vec::new(), Vec::new());
+    for number in 0..workers {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        handles.push(runtime.handle().clone());
+        let shutdown = shutdown.clone();
+        let thread = std::thread::Builder::new().name(format!("worker-{number}"));
+        threads.push(thread.spawn(move || runtime.block_on(shutdown.cancelled()))?);
+    }
+    Ok((handles, threads))
+}
+
+async fn start_control(
+    config: &Config,
+    shared: &Arc<Shared>,
+    tls: &ClientTls,
+    requests: mpsc::Receiver<crate::directory::ProvisionRequest>,
+    shutdown: CancellationToken,
+) -> Result<Arc<Control>, ControlError> {
+    let connecting = tls.current();
+    let plain = AdminConnector::plain(config.pool.server_connect_timeout);
+    let connector = AdminConnector { tls: Some((connecting.for_tokio_postgres(), connecting.mode)), ..plain };
+    let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
+    Control::start_with(connector, config, directory, requests, shared.clone(), shutdown).await
+}
+
+/// Closes what has been idle or alive for too long, once a second.
+fn spawn_sweeper(shared: &Arc<Shared>, shutdown: CancellationToken) {
+    let (pools, metrics) = (shared.pools.clone(), shared.metrics.clone());
+    tokio::spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+            pools.sweep(tokio::time::Instant::now());
+            metrics.forget_idle_tenants(metrics.second(std::time::Instant::now()));
+        }
+    });
+}
+
+fn cannot_listen(address: impl ToString) -> impl FnOnce(io::Error) -> ServeError {
+    let address = address.to_string();
+    move |source| ServeError::Listen { address, source }
+}
+
+/// Every worker listens on every address.
+fn listen(config: &Config, shared: &Arc<Shared>, stop: &CancellationToken) -> Result<Addresses, ServeError> {
+    let mut addresses = Addresses { proxy: Vec::new(), unix: None, api: None, metrics: None };
+    for mut address in tcp_addresses(&config.proxy.listen_addr, config.proxy.listen_port)? {
+        for (handle, _) in &shared.workers {
+            let _inside = handle.enter();
+            let listener = tcp_listener(address, config.proxy.tcp_keepidle).map_err(cannot_listen(address))?;
+            address = listener.local_addr().map_err(cannot_listen(address))?;
+            handle.spawn(accept_tcp(listener, shared.clone(), stop.clone()));
+        }
+        addresses.proxy.push(address);
+    }
+    if let (Some(dir), Some((handle, _))) = (&config.proxy.unix_socket_dir, shared.workers.first()) {
+        let port = addresses.proxy.first().map_or(config.proxy.listen_port, SocketAddr::port);
+        let path = dir.join(format!(".s.PGSQL.{port}"));
+        let _inside = handle.enter();
+        let listener = unix_listener(&path, config.proxy.unix_socket_mode).map_err(cannot_listen(path.display()))?;
+        handle.spawn(accept_unix(listener, shared.clone(), stop.clone()));
+        addresses.unix = Some(path);
+    }
+    Ok(addresses)
+}
+
+fn tcp_addresses(listen_addr: &str, port: u16) -> Result<Vec<SocketAddr>, ServeError> {
+    let mut addresses = Vec::new();
+    for name in listen_addr.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        match name {
+            "*" => addresses.push(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)),
+            "0.0.0.0" => addresses.push(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)),
+            name => {
+                let found = std::net::ToSocketAddrs::to_socket_addrs(&(name, port)).map_err(cannot_listen(name))?;
+                addresses.extend(found);
+            }
+        }
+    }
+    Ok(addresses)
+}
+
+/// Clients that may wait for accept.
+const BACKLOG: i32 = 4096;
+
+fn tcp_listener(address: SocketAddr, keepidle: Duration) -> io::Result<TcpListener> {
+    use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+    let make = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        if address.is_ipv6() {
+            // `*` means both families.
+            socket.set_only_v6(!address.ip().is_unspecified())?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        // Both are inherited by the sockets that accept returns.
+        socket.set_tcp_nodelay(true)?;
+        if !keepidle.is_zero() {
+            socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(keepidle))?;
+        }
+        socket.set_nonblocking(true)?;
+        socket.bind(&SockAddr::from(address))?;
+        socket.listen(BACKLOG)?;
+        Ok::<_, io::Error>(socket)
+    };
+    let socket = make(address).or_else(|error| {
+        // A machine without IPv6.
+        let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port());
+        if address.is_ipv6() && address.ip().is_unspecified() { make(v4) } else { Err(error) }
+    })?;
+    TcpListener::from_std(socket.into())
+}
+
+fn unix_listener(path: &std::path::Path, mode: u32) -> io::Result<UnixListener> {
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // Nobody answers: it was left behind.
+        Err(_) => std::fs::remove_file(path)?,
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    Ok(listener)
+}
+
+/// After an accept that failed, for want of descriptors mostly.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+async fn accept_tcp(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        match accepted {
+            Ok((socket, address)) => {
+                let stream = Stream::Plain(Socket::Tcp(socket));
+                tokio::spawn(connection::accept(stream, Peer::Tcp(address), shared.clone()));
+            }
+            Err(error) => pause(&error).await,
+        }
+    }
+}
+
+async fn accept_unix(listener: UnixListener, shared: Arc<Shared>, stop: CancellationToken) {
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        match accepted {
+            Ok((socket, _)) => {
+                let stream = Stream::Plain(Socket::Unix(socket));
+                tokio::spawn(connection::accept(stream, Peer::Unix, shared.clone()));
+            }
+            Err(error) => pause(&error).await,
+        }
+    }
+}
+
+async fn pause(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a client");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+async fn http_listener(listen: &str) -> Result<Option<(TcpListener, SocketAddr)>, ServeError> {
+    if listen.is_empty() {
+        return Ok(None);
+    }
+    let listener = TcpListener::bind(listen).await.map_err(cannot_listen(listen))?;
+    let address = listener.local_addr().map_err(cannot_listen(listen))?;
+    Ok(Some((listener, address)))
+}
+
+async fn serve_api(
+    config: &Config,
+    control: &Arc<Control>,
+    shutdown: &CancellationToken,
+) -> Result<Option<SocketAddr>, ServeError> {
+    let Some((listener, address)) = http_listener(&config.api.listen).await? else { return Ok(None) };
+    tokio::spawn(log_end("admin API", api::serve(control.clone(), listener, shutdown.clone())));
+    Ok(Some(address))
+}
+
+async fn serve_metrics(
+    config: &Config,
+    shared: &Arc<Shared>,
+    control: &Arc<Control>,
+    shutdown: &CancellationToken,
+) -> Result<Option<SocketAddr>, ServeError> {
+    let Some((listener, address)) = http_listener(&config.metrics.listen).await? else { return Ok(None) };
+    let top_tenants = config.metrics.metrics_top_tenants;
+    let exporter = Exporter { shared: shared.clone(), control: control.clone(), top_tenants };
+    tokio::spawn(log_end("metrics", exporter::serve(exporter, listener, shutdown.clone())));
+    Ok(Some(address))
+}
+
+async fn log_end(what: &str, serving: impl Future<Output = io::Result<()>>) {
+    if let Err(error) = serving.await {
+        tracing::error!(%error, "{what} ended");
+    }
+}
