@@ -176,22 +176,7 @@ impl Control {
         traffic: Arc<dyn Traffic>,
         shutdown: CancellationToken,
     ) -> Result<Arc<Self>, ControlError> {
-        let connector = Connector::plain(config.pool.server_connect_timeout);
-        Self::start_with(connector, config, directory, provision, traffic, shutdown).await
-    }
-
-    /// [`Control::start`] with TLS towards servers.
-    ///
-    /// # Errors
-    /// See [`Control::start`].
-    pub async fn start_with(
-        connector: Connector,
-        config: Arc<Config>,
-        directory: Arc<Directory>,
-        provision: mpsc::Receiver<ProvisionRequest>,
-        traffic: Arc<dyn Traffic>,
-        shutdown: CancellationToken,
-    ) -> Result<Arc<Self>, ControlError> {
+        let connector = connector(&config);
         let at = catalog_endpoint(&config)?;
         migrate_patiently(&connector, &at).await?;
         put_config_users(&config, &directory).await;
@@ -200,7 +185,7 @@ impl Control {
         let (mut follower, handle) = Follower::new(quick, at, reader);
         let control = Arc::new(Self::new(connector, config, directory, traffic, Some(handle), shutdown.clone())?);
         let link = follower.load().await?;
-        control.register_config_shards().await?;
+        control.register_config_shards(&control.config).await?;
         control.tasks.spawn(follower.run(link, shutdown));
         control.sync().await;
         tracing::info!(
@@ -217,13 +202,13 @@ impl Control {
     /// # Errors
     /// The catalog cannot be reached or migrated.
     pub async fn open(config: Arc<Config>) -> Result<Arc<Self>, ControlError> {
-        let connector = Connector::plain(config.pool.server_connect_timeout);
+        let connector = connector(&config);
         let at = catalog_endpoint(&config)?;
         catalog::migrate(&connector, &at).await?;
         let (provision, _) = mpsc::channel(1);
         let directory = Arc::new(Directory::new(provision));
         let control = Self::new(connector, config, directory, Arc::new(NoTraffic), None, CancellationToken::new())?;
-        control.register_config_shards().await?;
+        control.register_config_shards(&control.config).await?;
         for shard in control.list_shards().await? {
             control.directory.put_shard(known_shard(&shard, control.config.pool.max_db_connections));
         }
@@ -271,6 +256,17 @@ impl Control {
     /// Bytes that each tenant uses, as last measured.
     pub fn storage(&self) -> &DashMap<TenantId, u64> {
         &self.storage
+    }
+
+    /// Takes over what a new config says about users and shards; the rest is for the next start.
+    ///
+    /// # Errors
+    /// The catalog is away: users are taken over, shards are not.
+    pub async fn reload(&self, config: &Config) -> Result<(), PgError> {
+        put_config_users(config, &self.directory).await;
+        self.register_config_shards(config).await?;
+        self.sync().await;
+        Ok(())
     }
 
     /// Waits until the tasks have ended after the shutdown token was cancelled; creations and deletions under way
@@ -516,6 +512,11 @@ fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
     }
 }
 
+/// How the control plane connects. The one place that decides on TLS towards the catalog and shards: `Connector::tls`.
+fn connector(config: &Config) -> Connector {
+    Connector::plain(config.pool.server_connect_timeout)
+}
+
 /// Where the catalog is: what `[catalog]` says, or a database on the first shard.
 fn catalog_endpoint(config: &Config) -> Result<Endpoint, ControlError> {
     let catalog = &config.catalog;
@@ -552,15 +553,16 @@ async fn migrate_patiently(connector: &Connector, at: &Endpoint) -> Result<(), C
 
 /// Users of the config file live in memory only; a plain password becomes a verifier here.
 async fn put_config_users(config: &Config, directory: &Directory) {
+    let mut users = Vec::new();
     for user in &config.users {
-        let verifier = verifier(&user.password).await;
-        directory.put_user(AppUser {
+        users.push(AppUser {
             name: user.name.clone(),
-            verifier,
+            verifier: verifier(&user.password).await,
             tenants: user.tenants.clone(),
             auto_provision: user.auto_provision,
         });
     }
+    directory.set_config_users(users);
 }
 
 async fn verifier(password: &Secret) -> Option<Verifier> {

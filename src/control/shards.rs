@@ -7,9 +7,9 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::Control;
 use super::admin::{AdminPool, failed};
 use super::records::{self, ShardRecord};
-use super::{Control, ControlError};
 use crate::config::Config;
 use crate::directory::catalog::create_database;
 use crate::directory::connector::Endpoint;
@@ -84,9 +84,9 @@ pub struct Probe {
 
 impl Control {
     /// Writes the config's shards into the catalog; only what differs changes anything.
-    pub(super) async fn register_config_shards(&self) -> Result<(), ControlError> {
+    pub(super) async fn register_config_shards(&self, config: &Config) -> Result<(), PgError> {
         let catalog = self.catalog().await?;
-        for shard in &self.config.shards {
+        for shard in &config.shards {
             let record = ShardRecord {
                 name: shard.name.clone(),
                 host: shard.host.clone(),
