@@ -13,12 +13,12 @@ pub mod provision;
 pub mod records;
 pub mod shards;
 mod template;
+pub mod tenants;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,14 +26,14 @@ use tokio_util::task::TaskTracker;
 use self::admin::{Admin, AdminPool};
 use self::provision::{Flights, Wanted};
 use self::records::{ShardRecord, TenantRecord};
-use self::shards::{Probe, ShardHealth, admin_endpoint};
+use self::shards::{ShardHealth, admin_endpoint};
 use crate::config::{Config, Secret};
 use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
 use crate::directory::connector::{Connector, Endpoint};
 use crate::directory::follow::{self, Follower};
 use crate::directory::{AppUser, Directory, ProvisionRequest, Shard, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::tenant::credential::{self, Verifier};
+use crate::tenant::credential::Verifier;
 use crate::tenant::{Status, TenantId};
 
 /// Connections to the catalog for changes, besides the one that follows.
@@ -110,57 +110,10 @@ pub struct Control {
     health: DashMap<String, ShardHealth>,
     probes: DashMap<String, tokio_postgres::Client>,
     storage: DashMap<TenantId, u64>,
+    /// Bytes of each shard's database.
+    sizes: DashMap<String, i64>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
-}
-
-/// How a tenant is, as `GET /tenant/{id}/health` says it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TenantHealth {
-    /// Its id.
-    pub tenant: String,
-    /// Its status in the catalog, as this proxy knows it.
-    pub status: &'static str,
-    /// Its plan.
-    pub plan: &'static str,
-    /// Its shard.
-    pub shard: String,
-    /// Its database there.
-    pub database: String,
-    /// Its schema there.
-    pub schema: String,
-    /// Grows with each change of home or status.
-    pub epoch: u64,
-    /// Clients of this proxy.
-    pub clients: usize,
-    /// Server connections of this proxy.
-    pub server_connections: usize,
-    /// Bytes, as last measured.
-    pub storage_bytes: Option<u64>,
-    /// Whether the tenant's own login works.
-    #[serde(flatten)]
-    pub probe: Probe,
-}
-
-/// A DSN through the proxy.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct DatabaseUrl {
-    /// The tenant.
-    pub tenant: String,
-    /// `postgresql://tenant:password@host:port/tenant`
-    pub database_url: String,
-    /// The proxy's host.
-    pub host: String,
-    /// The proxy's port.
-    pub port: u16,
-    /// User name: the tenant.
-    pub user: String,
-    /// Database name: the tenant.
-    pub database: String,
-    /// Schema that its tables are in.
-    pub schema: String,
-    /// Shard it lives on.
-    pub shard: String,
 }
 
 impl Control {
@@ -238,6 +191,7 @@ impl Control {
             health: DashMap::new(),
             probes: DashMap::new(),
             storage: DashMap::new(),
+            sizes: DashMap::new(),
             tasks: TaskTracker::new(),
             shutdown,
         })
@@ -274,93 +228,6 @@ impl Control {
     pub async fn finish(&self) {
         self.tasks.close();
         self.tasks.wait().await;
-    }
-
-    /// Makes the tenant unless it exists, and shows it.
-    ///
-    /// # Errors
-    /// What is told to whoever asked.
-    pub async fn create(
-        self: &Arc<Self>,
-        id: &TenantId,
-        who: &str,
-        shard: Option<String>,
-    ) -> Result<TenantRecord, PgError> {
-        self.make(id, who, Wanted::ByOperator(shard)).await?;
-        self.sync().await;
-        self.show(id).await
-    }
-
-    /// One tenant's row.
-    ///
-    /// # Errors
-    /// `3D000` if there is none.
-    pub async fn show(&self, id: &TenantId) -> Result<TenantRecord, PgError> {
-        let catalog = self.catalog().await?;
-        let record = TenantRecord::find(&*catalog, id).await?;
-        catalog.give_back().await;
-        record.ok_or_else(|| unknown(id))
-    }
-
-    /// Up to `limit` tenants in the order of ids, those after `after`.
-    ///
-    /// # Errors
-    /// The catalog is away.
-    pub async fn list(&self, after: &str, limit: u32, deleted_too: bool) -> Result<Vec<TenantRecord>, PgError> {
-        let catalog = self.catalog().await?;
-        let records = TenantRecord::list(&*catalog, after, i64::from(limit), deleted_too).await?;
-        catalog.give_back().await;
-        Ok(records)
-    }
-
-    /// A DSN through the proxy for the tenant's own login; makes the tenant if need be.
-    ///
-    /// # Errors
-    /// What is told to whoever asked.
-    pub async fn database_url(self: &Arc<Self>, id: &TenantId, who: &str) -> Result<DatabaseUrl, PgError> {
-        let (shard, schema) = match self.directory.find(id.as_str()) {
-            Some(tenant) => (tenant.shard.name.clone(), tenant.plan.schema(id)),
-            None => {
-                let record = self.create(id, who, None).await?;
-                (record.shard, record.schema)
-            }
-        };
-        let (host, port) = public_address(&self.config);
-        let secret = self.config.provision.master_secret.expose();
-        let password = credential::client_password(secret, id.as_str());
-        let bracketed = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-        Ok(DatabaseUrl {
-            tenant: id.to_string(),
-            database_url: format!("postgresql://{id}:{password}@{bracketed}:{port}/{id}"),
-            host,
-            port,
-            user: id.to_string(),
-            database: id.to_string(),
-            schema,
-            shard,
-        })
-    }
-
-    /// How the tenant is, asked now.
-    ///
-    /// # Errors
-    /// `3D000` if this proxy knows no such tenant.
-    pub async fn tenant_health(&self, id: &TenantId) -> Result<TenantHealth, PgError> {
-        let tenant = self.directory.find(id.as_str()).ok_or_else(|| unknown(id))?;
-        let probe = self.probe_tenant(&tenant).await;
-        Ok(TenantHealth {
-            tenant: id.to_string(),
-            status: tenant.status.as_str(),
-            plan: tenant.plan.as_str(),
-            shard: tenant.shard.name.clone(),
-            database: tenant.shard.database.clone(),
-            schema: tenant.plan.schema(id),
-            epoch: tenant.epoch,
-            clients: self.traffic.tenant_clients(id),
-            server_connections: self.traffic.tenant_servers(id),
-            storage_bytes: self.storage.get(id.as_str()).map(|bytes| *bytes),
-            probe,
-        })
     }
 
     /// Waits until the directory has everything that is in the catalog now, if the catalog is there.
@@ -496,10 +363,6 @@ fn close_on_change(traffic: &Arc<dyn Traffic>) -> OnChange {
     Arc::new(move |id, change| traffic.close_tenant(id, closing(id, change)))
 }
 
-fn unknown(id: &TenantId) -> PgError {
-    PgError::error(sqlstate::UNKNOWN_DATABASE, format!("there is no tenant \"{id}\""))
-}
-
 fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
     Shard {
         name: record.name.clone(),
@@ -576,17 +439,6 @@ async fn verifier(password: &Secret) -> Option<Verifier> {
     tokio::task::spawn_blocking(move || Verifier::random(password.expose())).await.ok()
 }
 
-/// Host and port that DSNs handed out contain.
-fn public_address(config: &Config) -> (String, u16) {
-    let port = config.api.public_port.unwrap_or(config.proxy.listen_port);
-    let first = config.proxy.listen_addr.split(',').next().unwrap_or_default().trim();
-    let host = config.api.public_host.clone().unwrap_or_else(|| match first {
-        "" | "*" | "0.0.0.0" | "::" => "127.0.0.1".to_owned(),
-        address => address.to_owned(),
-    });
-    (host, port)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -595,27 +447,11 @@ mod tests {
     #[test]
     fn without_a_host_the_catalog_is_on_the_first_shard() {
         assert!(matches!(catalog_endpoint(&Config::default()), Err(ControlError::NoCatalog)));
-        let mut config = Config::default();
-        config.shards =
-            vec![ShardConfig { name: "a".into(), port: 5433, admin_user: "root".into(), ..ShardConfig::default() }];
+        let shard = ShardConfig { name: "a".into(), port: 5433, admin_user: "root".into(), ..ShardConfig::default() };
+        let mut config = Config { shards: vec![shard], ..Config::default() };
         let at = catalog_endpoint(&config).unwrap();
         assert_eq!((at.port, at.database.as_str(), at.user.as_str()), (5433, "pgusher", "root"));
         config.catalog.host = Some("catalog.example".into());
         assert_eq!(catalog_endpoint(&config).unwrap().host, "catalog.example");
-    }
-
-    #[test]
-    fn dsns_name_an_address_that_can_be_connected_to() {
-        for (listen, public, expected) in [
-            ("127.0.0.1", None, "127.0.0.1"),
-            ("*", None, "127.0.0.1"),
-            ("10.0.0.1,10.0.0.2", None, "10.0.0.1"),
-            ("*", Some("db.example"), "db.example"),
-        ] {
-            let mut config = Config::default();
-            config.proxy.listen_addr = listen.into();
-            config.api.public_host = public.map(str::to_owned);
-            assert_eq!(public_address(&config).0, expected);
-        }
     }
 }

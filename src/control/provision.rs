@@ -440,7 +440,11 @@ async fn run_template(
             ));
         }
     }
-    transaction.batch_execute("SET LOCAL SESSION AUTHORIZATION DEFAULT").await.map_err(&doing)
+    // What the template deferred to the commit is run now, still as the tenant.
+    transaction
+        .batch_execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL SESSION AUTHORIZATION DEFAULT")
+        .await
+        .map_err(&doing)
 }
 
 async fn transaction_id(transaction: &Transaction<'_>) -> Result<Option<String>, PgError> {

@@ -189,8 +189,8 @@ pub struct Reader {
     on_change: OnChange,
     /// For shards whose row does not say how many server connections they take.
     max_db_connections: usize,
-    /// One `Arc<Shard>` for each shard and database that tenants are recorded in.
-    homes: HashMap<(String, String), Arc<Shard>>,
+    /// One `Arc<Shard>` for each shard and, in it, database that tenants are recorded in.
+    homes: HashMap<String, HashMap<String, Arc<Shard>>>,
     seen: Option<Seen>,
     read_at: Instant,
 }
@@ -328,7 +328,7 @@ impl Reader {
             return;
         }
         tracing::info!(shard = shard.name, host = shard.host, port = shard.port, weight = shard.weight, "shard");
-        self.homes.retain(|(name, _), _| *name != shard.name);
+        self.homes.remove(&shard.name);
         self.directory.put_shard(shard.clone());
         let mut moved = Vec::new();
         self.directory.for_each_tenant(|t| {
@@ -391,18 +391,17 @@ impl Reader {
         Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier })
     }
 
-    fn home(&mut self, shard: &str, database: &str) -> Option<Arc<Shard>> {
-        let key = (shard.to_owned(), database.to_owned());
-        if let Some(home) = self.homes.get(&key) {
+    fn home(&mut self, name: &str, database: &str) -> Option<Arc<Shard>> {
+        if let Some(home) = self.homes.get(name).and_then(|homes| homes.get(database)) {
             return Some(home.clone());
         }
-        let shard = self.directory.shard(shard)?;
+        let shard = self.directory.shard(name)?;
         let home = if shard.database == database {
             shard
         } else {
-            Arc::new(Shard { database: key.1.clone(), ..(*shard).clone() })
+            Arc::new(Shard { database: database.to_owned(), ..(*shard).clone() })
         };
-        self.homes.insert(key, home.clone());
+        self.homes.entry(name.to_owned()).or_default().insert(database.to_owned(), home.clone());
         Some(home)
     }
 
