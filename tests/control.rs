@@ -597,6 +597,105 @@ async fn a_tenant_with_2000_tables_is_deleted_without_a_trace_but_its_tombstone(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn creating_and_deleting_at_once_ends_whole_or_gone() {
+    let cluster = Cluster::start();
+    let files = template(&[("01.sql", BOOKINGS)]);
+    let config = config(&[&cluster], Some(files.path()));
+    let (a, b) = tokio::join!(Proxy::start(config.clone()), Proxy::start(config));
+    let mut workers = tokio::task::JoinSet::new();
+    for n in 0..6 {
+        let control = if n % 2 == 0 { a.control.clone() } else { b.control.clone() };
+        workers.spawn(async move {
+            let mut unexpected = Vec::new();
+            for round in 0..15 {
+                let tenant = id(["x", "y"][(n + round) % 2]);
+                let done = match (n + round) % 3 {
+                    0 => control.delete(&tenant, "test").await.map(drop),
+                    1 => control.create(&tenant, "test", None).await.map(drop),
+                    _ => control.make(&tenant, "test", Wanted::ByConnecting).await,
+                };
+                // Refused because of the other's work is what may happen; nothing else is.
+                unexpected.extend(done.err().filter(|e| !["55000", "3D000", "57P03"].contains(&&*e.code)));
+            }
+            unexpected
+        });
+    }
+    while let Some(done) = workers.join_next().await {
+        assert_eq!(done.unwrap(), []);
+    }
+    let shard = cluster.admin("tenants").await;
+    for tenant in ["x", "y"] {
+        let status = a.control.show(&id(tenant)).await.unwrap().status;
+        let expected = match status.as_str() {
+            "active" => 1,
+            "deleted" => 0,
+            other => panic!("{tenant} is {other}"),
+        };
+        for sql in
+            ["SELECT count(*) FROM pg_roles WHERE rolname = $1", "SELECT count(*) FROM pg_tables WHERE schemaname = $1"]
+        {
+            let found: i64 = shard.query_one(sql, &[&tenant]).await.unwrap().get(0);
+            assert_eq!(found, expected, "{tenant} is {status}: {sql}");
+        }
+        for proxy in [&a, &b] {
+            until("following", || proxy.directory.find(tenant).is_some() == (status == "active")).await;
+        }
+    }
+    a.stop().await;
+    b.stop().await;
+}
+
+/// Passes bytes between clients and a port, until it is told to pass none without closing anything.
+async fn wire(to: u16) -> (u16, Arc<std::sync::atomic::AtomicBool>) {
+    let cut = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let is_cut = cut.clone();
+    tokio::spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let server = tokio::net::TcpStream::connect(("127.0.0.1", to)).await.unwrap();
+            let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+            for (mut from, mut to) in [(from_client, to_server), (from_server, to_client)] {
+                let is_cut = is_cut.clone();
+                tokio::spawn(async move {
+                    let mut buffer = [0; 8192];
+                    loop {
+                        let n = from.read(&mut buffer).await.unwrap_or(0);
+                        if is_cut.load(std::sync::atomic::Ordering::Relaxed) {
+                            return std::future::pending::<()>().await;
+                        }
+                        if n == 0 || to.write_all(&buffer[..n]).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        }
+    });
+    (port, cut)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_that_falls_silent_is_noticed_and_caught_up_with() {
+    let cluster = Cluster::start();
+    let (port, cut) = wire(cluster.port()).await;
+    let mut config = config(&[&cluster], None);
+    let other = Proxy::start(config.clone()).await;
+    config.catalog.host = Some("127.0.0.1".into());
+    config.catalog.port = port;
+    config.catalog.password = Secret::new(PASSWORD);
+    config.pool.server_connect_timeout = Duration::from_secs(1);
+    let proxy = Proxy::start(config).await;
+    cut.store(true, std::sync::atomic::Ordering::Relaxed);
+    other.ensure("a").await.unwrap();
+    until("noticing", || !proxy.control.catalog_connected()).await;
+    assert_eq!(proxy.ensure("b").await.unwrap_err().code, "57P03");
+    cut.store(false, std::sync::atomic::Ordering::Relaxed);
+    until("catching up", || proxy.directory.find("a").is_some()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn names_of_other_roles_are_not_taken_over() {
     let cluster = Cluster::start();
     let proxy = Proxy::start(config(&[&cluster], None)).await;
