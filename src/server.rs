@@ -29,7 +29,6 @@ use crate::config::{AuthType, Config};
 use crate::connection::{self, Admitted, Peer};
 use crate::control::{Control, ControlError, Traffic, api};
 use crate::directory::Directory;
-use crate::directory::connector::Connector as AdminConnector;
 use crate::error::{PgError, sqlstate};
 use crate::exporter::{self, Exporter};
 use crate::metrics::Metrics;
@@ -214,7 +213,10 @@ impl Server {
         let (runtimes, threads) = start_threads(workers, &shutdown).map_err(ServeError::Worker)?;
         let (provision, requests) = mpsc::channel(PROVISION_QUEUE);
         let shared = Arc::new(build(&config, Directory::new(provision), client_tls.clone(), runtimes)?);
-        let control = start_control(&config, &shared, &client_tls, requests, shutdown.clone()).await?;
+        let control = {
+            let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
+            Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
+        };
         let accepting = shutdown.child_token();
         let mut addresses = listen(&config, &shared, &accepting)?;
         spawn_sweeper(&shared, shutdown.clone());
@@ -244,7 +246,7 @@ impl Server {
         self.client_tls.reload(&config.tls)?;
         self.shared.settled.store(Arc::new(settled));
         self.shared.pools.set_limits(limits(&config));
-        self.control.reload(&config).await;
+        self.control.reload(&config).await.map_err(ControlError::from)?;
         Ok(())
     }
 
@@ -374,20 +376,6 @@ fn start_threads(workers: usize, shutdown: &CancellationToken) -> io::Result<(Ve
         threads.push(thread.spawn(move || runtime.block_on(shutdown.cancelled()))?);
     }
     Ok((handles, threads))
-}
-
-async fn start_control(
-    config: &Config,
-    shared: &Arc<Shared>,
-    tls: &ClientTls,
-    requests: mpsc::Receiver<crate::directory::ProvisionRequest>,
-    shutdown: CancellationToken,
-) -> Result<Arc<Control>, ControlError> {
-    let connecting = tls.current();
-    let plain = AdminConnector::plain(config.pool.server_connect_timeout);
-    let connector = AdminConnector { tls: Some((connecting.for_tokio_postgres(), connecting.mode)), ..plain };
-    let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
-    Control::start_with(connector, config, directory, requests, shared.clone(), shutdown).await
 }
 
 /// Closes what has been idle or alive for too long, once a second.

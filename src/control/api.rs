@@ -77,11 +77,17 @@ pub fn router(control: Arc<Control>) -> Router {
 
 type Answer<T> = Result<Json<T>, Failure>;
 
-async fn database_url(State(control): State<Arc<Control>>, Path(id): Path<String>) -> Answer<super::DatabaseUrl> {
+async fn database_url(
+    State(control): State<Arc<Control>>,
+    Path(id): Path<String>,
+) -> Answer<super::tenants::DatabaseUrl> {
     Ok(Json(control.database_url(&tenant_id(&id)?, WHO).await?))
 }
 
-async fn tenant_health(State(control): State<Arc<Control>>, Path(id): Path<String>) -> Answer<super::TenantHealth> {
+async fn tenant_health(
+    State(control): State<Arc<Control>>,
+    Path(id): Path<String>,
+) -> Answer<super::tenants::TenantHealth> {
     Ok(Json(control.tenant_health(&tenant_id(&id)?).await?))
 }
 

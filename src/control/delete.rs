@@ -63,7 +63,7 @@ impl Control {
         }
         let record = TenantRecord::find(&*catalog, id).await?;
         catalog.give_back().await;
-        record.ok_or_else(|| super::unknown(id))
+        record.ok_or_else(|| super::tenants::unknown(id))
     }
 
     async fn drop_place(&self, id: &TenantId, record: &TenantRecord, plan: Plan) -> Result<(), PgError> {

@@ -13,12 +13,12 @@ pub mod provision;
 pub mod records;
 pub mod shards;
 mod template;
+pub mod tenants;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,15 +26,17 @@ use tokio_util::task::TaskTracker;
 use self::admin::{Admin, AdminPool};
 use self::provision::{Flights, Wanted};
 use self::records::{ShardRecord, TenantRecord};
-use self::shards::{Probe, ShardHealth, admin_endpoint};
+use self::shards::{ShardHealth, admin_endpoint};
 use crate::config::{Config, Secret};
 use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
 use crate::directory::connector::{Connector, Endpoint};
 use crate::directory::follow::{self, Follower};
 use crate::directory::{AppUser, Directory, ProvisionRequest, Shard, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::tenant::credential::{self, Verifier};
+use crate::pool::tls::ClientTls;
+use crate::tenant::credential::Verifier;
 use crate::tenant::{Status, TenantId};
+use crate::tls::TlsError;
 
 /// Connections to the catalog for changes, besides the one that follows.
 const CATALOG_CONNECTIONS: usize = 8;
@@ -88,6 +90,9 @@ pub enum ControlError {
     /// Something else failed.
     #[error(transparent)]
     Failed(#[from] PgError),
+    /// TLS towards servers.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Neither `[catalog] host` nor a shard is configured.
     #[error("no catalog: the config has neither [catalog] host nor a [[shards]] section")]
     NoCatalog,
@@ -112,57 +117,10 @@ pub struct Control {
     storage: DashMap<TenantId, u64>,
     /// The largest of them, found when they were measured, so that a scrape need not look at all.
     largest: arc_swap::ArcSwap<Vec<(TenantId, u64)>>,
+    /// Bytes of each shard's database.
+    sizes: DashMap<String, i64>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
-}
-
-/// How a tenant is, as `GET /tenant/{id}/health` says it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TenantHealth {
-    /// Its id.
-    pub tenant: String,
-    /// Its status in the catalog, as this proxy knows it.
-    pub status: &'static str,
-    /// Its plan.
-    pub plan: &'static str,
-    /// Its shard.
-    pub shard: String,
-    /// Its database there.
-    pub database: String,
-    /// Its schema there.
-    pub schema: String,
-    /// Grows with each change of home or status.
-    pub epoch: u64,
-    /// Clients of this proxy.
-    pub clients: usize,
-    /// Server connections of this proxy.
-    pub server_connections: usize,
-    /// Bytes, as last measured.
-    pub storage_bytes: Option<u64>,
-    /// Whether the tenant's own login works.
-    #[serde(flatten)]
-    pub probe: Probe,
-}
-
-/// A DSN through the proxy.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct DatabaseUrl {
-    /// The tenant.
-    pub tenant: String,
-    /// `postgresql://tenant:password@host:port/tenant`
-    pub database_url: String,
-    /// The proxy's host.
-    pub host: String,
-    /// The proxy's port.
-    pub port: u16,
-    /// User name: the tenant.
-    pub user: String,
-    /// Database name: the tenant.
-    pub database: String,
-    /// Schema that its tables are in.
-    pub schema: String,
-    /// Shard it lives on.
-    pub shard: String,
 }
 
 impl Control {
@@ -178,22 +136,7 @@ impl Control {
         traffic: Arc<dyn Traffic>,
         shutdown: CancellationToken,
     ) -> Result<Arc<Self>, ControlError> {
-        let connector = Connector::plain(config.pool.server_connect_timeout);
-        Self::start_with(connector, config, directory, provision, traffic, shutdown).await
-    }
-
-    /// [`Control::start`] with TLS towards servers.
-    ///
-    /// # Errors
-    /// See [`Control::start`].
-    pub async fn start_with(
-        connector: Connector,
-        config: Arc<Config>,
-        directory: Arc<Directory>,
-        provision: mpsc::Receiver<ProvisionRequest>,
-        traffic: Arc<dyn Traffic>,
-        shutdown: CancellationToken,
-    ) -> Result<Arc<Self>, ControlError> {
+        let connector = connector(&config)?;
         let at = catalog_endpoint(&config)?;
         migrate_patiently(&connector, &at).await?;
         put_config_users(&config, &directory).await;
@@ -202,7 +145,7 @@ impl Control {
         let (mut follower, handle) = Follower::new(quick, at, reader);
         let control = Arc::new(Self::new(connector, config, directory, traffic, Some(handle), shutdown.clone())?);
         let link = follower.load().await?;
-        control.register_config_shards().await?;
+        control.register_config_shards(&control.config).await?;
         control.tasks.spawn(follower.run(link, shutdown));
         control.sync().await;
         tracing::info!(
@@ -219,13 +162,13 @@ impl Control {
     /// # Errors
     /// The catalog cannot be reached or migrated.
     pub async fn open(config: Arc<Config>) -> Result<Arc<Self>, ControlError> {
-        let connector = Connector::plain(config.pool.server_connect_timeout);
+        let connector = connector(&config)?;
         let at = catalog_endpoint(&config)?;
         catalog::migrate(&connector, &at).await?;
         let (provision, _) = mpsc::channel(1);
         let directory = Arc::new(Directory::new(provision));
         let control = Self::new(connector, config, directory, Arc::new(NoTraffic), None, CancellationToken::new())?;
-        control.register_config_shards().await?;
+        control.register_config_shards(&control.config).await?;
         for shard in control.list_shards().await? {
             control.directory.put_shard(known_shard(&shard, control.config.pool.max_db_connections));
         }
@@ -256,6 +199,7 @@ impl Control {
             probes: DashMap::new(),
             storage: DashMap::new(),
             largest: arc_swap::ArcSwap::default(),
+            sizes: DashMap::new(),
             tasks: TaskTracker::new(),
             shutdown,
         })
@@ -281,14 +225,15 @@ impl Control {
         self.largest.load_full()
     }
 
-    /// Takes over what a reload may change: the users of the configuration file.
-    pub async fn reload(&self, config: &Config) {
-        for name in self.config.users.iter().map(|user| &user.name) {
-            if !config.users.iter().any(|user| user.name == *name) {
-                self.directory.remove_user(name);
-            }
-        }
+    /// Takes over what a new config says about users and shards; the rest is for the next start.
+    ///
+    /// # Errors
+    /// The catalog is away: users are taken over, shards are not.
+    pub async fn reload(&self, config: &Config) -> Result<(), PgError> {
         put_config_users(config, &self.directory).await;
+        self.register_config_shards(config).await?;
+        self.sync().await;
+        Ok(())
     }
 
     /// Waits until the tasks have ended after the shutdown token was cancelled; creations and deletions under way
@@ -296,93 +241,6 @@ impl Control {
     pub async fn finish(&self) {
         self.tasks.close();
         self.tasks.wait().await;
-    }
-
-    /// Makes the tenant unless it exists, and shows it.
-    ///
-    /// # Errors
-    /// What is told to whoever asked.
-    pub async fn create(
-        self: &Arc<Self>,
-        id: &TenantId,
-        who: &str,
-        shard: Option<String>,
-    ) -> Result<TenantRecord, PgError> {
-        self.make(id, who, Wanted::ByOperator(shard)).await?;
-        self.sync().await;
-        self.show(id).await
-    }
-
-    /// One tenant's row.
-    ///
-    /// # Errors
-    /// `3D000` if there is none.
-    pub async fn show(&self, id: &TenantId) -> Result<TenantRecord, PgError> {
-        let catalog = self.catalog().await?;
-        let record = TenantRecord::find(&*catalog, id).await?;
-        catalog.give_back().await;
-        record.ok_or_else(|| unknown(id))
-    }
-
-    /// Up to `limit` tenants in the order of ids, those after `after`.
-    ///
-    /// # Errors
-    /// The catalog is away.
-    pub async fn list(&self, after: &str, limit: u32, deleted_too: bool) -> Result<Vec<TenantRecord>, PgError> {
-        let catalog = self.catalog().await?;
-        let records = TenantRecord::list(&*catalog, after, i64::from(limit), deleted_too).await?;
-        catalog.give_back().await;
-        Ok(records)
-    }
-
-    /// A DSN through the proxy for the tenant's own login; makes the tenant if need be.
-    ///
-    /// # Errors
-    /// What is told to whoever asked.
-    pub async fn database_url(self: &Arc<Self>, id: &TenantId, who: &str) -> Result<DatabaseUrl, PgError> {
-        let (shard, schema) = match self.directory.find(id.as_str()) {
-            Some(tenant) => (tenant.shard.name.clone(), tenant.plan.schema(id)),
-            None => {
-                let record = self.create(id, who, None).await?;
-                (record.shard, record.schema)
-            }
-        };
-        let (host, port) = public_address(&self.config);
-        let secret = self.config.provision.master_secret.expose();
-        let password = credential::client_password(secret, id.as_str());
-        let bracketed = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-        Ok(DatabaseUrl {
-            tenant: id.to_string(),
-            database_url: format!("postgresql://{id}:{password}@{bracketed}:{port}/{id}"),
-            host,
-            port,
-            user: id.to_string(),
-            database: id.to_string(),
-            schema,
-            shard,
-        })
-    }
-
-    /// How the tenant is, asked now.
-    ///
-    /// # Errors
-    /// `3D000` if this proxy knows no such tenant.
-    pub async fn tenant_health(&self, id: &TenantId) -> Result<TenantHealth, PgError> {
-        let tenant = self.directory.find(id.as_str()).ok_or_else(|| unknown(id))?;
-        let probe = self.probe_tenant(&tenant).await;
-        Ok(TenantHealth {
-            tenant: id.to_string(),
-            status: tenant.status.as_str(),
-            plan: tenant.plan.as_str(),
-            shard: tenant.shard.name.clone(),
-            database: tenant.shard.database.clone(),
-            schema: tenant.plan.schema(id),
-            epoch: tenant.epoch,
-            clients: self.traffic.tenant_clients(id),
-            server_connections: self.traffic.tenant_servers(id),
-            storage_bytes: self.storage.get(id.as_str()).map(|bytes| *bytes),
-            probe,
-        })
     }
 
     /// Waits until the directory has everything that is in the catalog now, if the catalog is there.
@@ -518,10 +376,6 @@ fn close_on_change(traffic: &Arc<dyn Traffic>) -> OnChange {
     Arc::new(move |id, change| traffic.close_tenant(id, closing(id, change)))
 }
 
-fn unknown(id: &TenantId) -> PgError {
-    PgError::error(sqlstate::UNKNOWN_DATABASE, format!("there is no tenant \"{id}\""))
-}
-
 fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
     Shard {
         name: record.name.clone(),
@@ -532,6 +386,13 @@ fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
         region: record.region.clone(),
         max_db_connections: record.max_db_connections.unwrap_or(max_db_connections),
     }
+}
+
+/// How the control plane connects. The one place that decides on TLS towards the catalog and shards: `Connector::tls`.
+fn connector(config: &Config) -> Result<Connector, ControlError> {
+    let tls = ClientTls::new(&config.tls)?.current();
+    let plain = Connector::plain(config.pool.server_connect_timeout);
+    Ok(Connector { tls: Some((tls.for_tokio_postgres(), tls.mode)), ..plain })
 }
 
 /// Where the catalog is: what `[catalog]` says, or a database on the first shard.
@@ -570,15 +431,16 @@ async fn migrate_patiently(connector: &Connector, at: &Endpoint) -> Result<(), C
 
 /// Users of the config file live in memory only; a plain password becomes a verifier here.
 async fn put_config_users(config: &Config, directory: &Directory) {
+    let mut users = Vec::new();
     for user in &config.users {
-        let verifier = verifier(&user.password).await;
-        directory.put_user(AppUser {
+        users.push(AppUser {
             name: user.name.clone(),
-            verifier,
+            verifier: verifier(&user.password).await,
             tenants: user.tenants.clone(),
             auto_provision: user.auto_provision,
         });
     }
+    directory.set_config_users(users);
 }
 
 async fn verifier(password: &Secret) -> Option<Verifier> {
@@ -592,17 +454,6 @@ async fn verifier(password: &Secret) -> Option<Verifier> {
     tokio::task::spawn_blocking(move || Verifier::random(password.expose())).await.ok()
 }
 
-/// Host and port that DSNs handed out contain.
-fn public_address(config: &Config) -> (String, u16) {
-    let port = config.api.public_port.unwrap_or(config.proxy.listen_port);
-    let first = config.proxy.listen_addr.split(',').next().unwrap_or_default().trim();
-    let host = config.api.public_host.clone().unwrap_or_else(|| match first {
-        "" | "*" | "0.0.0.0" | "::" => "127.0.0.1".to_owned(),
-        address => address.to_owned(),
-    });
-    (host, port)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -611,27 +462,11 @@ mod tests {
     #[test]
     fn without_a_host_the_catalog_is_on_the_first_shard() {
         assert!(matches!(catalog_endpoint(&Config::default()), Err(ControlError::NoCatalog)));
-        let mut config = Config::default();
-        config.shards =
-            vec![ShardConfig { name: "a".into(), port: 5433, admin_user: "root".into(), ..ShardConfig::default() }];
+        let shard = ShardConfig { name: "a".into(), port: 5433, admin_user: "root".into(), ..ShardConfig::default() };
+        let mut config = Config { shards: vec![shard], ..Config::default() };
         let at = catalog_endpoint(&config).unwrap();
         assert_eq!((at.port, at.database.as_str(), at.user.as_str()), (5433, "pgusher", "root"));
         config.catalog.host = Some("catalog.example".into());
         assert_eq!(catalog_endpoint(&config).unwrap().host, "catalog.example");
-    }
-
-    #[test]
-    fn dsns_name_an_address_that_can_be_connected_to() {
-        for (listen, public, expected) in [
-            ("127.0.0.1", None, "127.0.0.1"),
-            ("*", None, "127.0.0.1"),
-            ("10.0.0.1,10.0.0.2", None, "10.0.0.1"),
-            ("*", Some("db.example"), "db.example"),
-        ] {
-            let mut config = Config::default();
-            config.proxy.listen_addr = listen.into();
-            config.api.public_host = public.map(str::to_owned);
-            assert_eq!(public_address(&config).0, expected);
-        }
     }
 }

@@ -72,7 +72,7 @@ impl BuildError {
 /// What one look at the catalog said.
 enum Claim {
     Ready,
-    Make(TenantRecord),
+    Make(Box<TenantRecord>),
     LookAgain,
 }
 
@@ -149,7 +149,7 @@ impl Control {
             None => self.insert_row(&catalog, id, wanted).await?,
             Some(record) => match (record.status(), wanted) {
                 (Some(Status::Active | Status::Suspended), _) => Claim::Ready,
-                (Some(Status::Creating), _) => Claim::Make(record),
+                (Some(Status::Creating), _) => Claim::Make(Box::new(record)),
                 (Some(Status::Deleted), Wanted::ByOperator(_)) => self.insert_row(&catalog, id, wanted).await?,
                 (Some(Status::Deleted), Wanted::ByConnecting) => {
                     return Err(PgError::fatal(
@@ -440,7 +440,11 @@ async fn run_template(
             ));
         }
     }
-    transaction.batch_execute("SET LOCAL SESSION AUTHORIZATION DEFAULT").await.map_err(&doing)
+    // What the template deferred to the commit is run now, still as the tenant.
+    transaction
+        .batch_execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL SESSION AUTHORIZATION DEFAULT")
+        .await
+        .map_err(&doing)
 }
 
 async fn transaction_id(transaction: &Transaction<'_>) -> Result<Option<String>, PgError> {

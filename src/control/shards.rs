@@ -7,15 +7,15 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::Control;
 use super::admin::{AdminPool, failed};
 use super::records::{self, ShardRecord};
-use super::{Control, ControlError};
 use crate::config::Config;
 use crate::directory::catalog::create_database;
 use crate::directory::connector::Endpoint;
 use crate::directory::{Shard, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::tenant::plan::SETUP_VERSION;
+use crate::tenant::plan::{OWNER, SETUP_VERSION};
 use crate::tenant::sql::Literal;
 use crate::tenant::{TenantId, credential};
 
@@ -39,7 +39,7 @@ pub struct ShardHealth {
     pub connections: Option<i64>,
     /// Its `max_connections`.
     pub max_connections: Option<i64>,
-    /// Bytes of the tenants' database.
+    /// Bytes of the tenants' database, as last measured.
     pub size_bytes: Option<i64>,
     /// Why it is not healthy.
     pub error: Option<String>,
@@ -84,9 +84,9 @@ pub struct Probe {
 
 impl Control {
     /// Writes the config's shards into the catalog; only what differs changes anything.
-    pub(super) async fn register_config_shards(&self) -> Result<(), ControlError> {
+    pub(super) async fn register_config_shards(&self, config: &Config) -> Result<(), PgError> {
         let catalog = self.catalog().await?;
-        for shard in &self.config.shards {
+        for shard in &config.shards {
             let record = ShardRecord {
                 name: shard.name.clone(),
                 host: shard.host.clone(),
@@ -252,16 +252,16 @@ impl Control {
         let client = self.probe_client(shard).await?;
         let asked = Instant::now();
         let sql = "SELECT current_setting('server_version'), (SELECT sum(numbackends)::bigint FROM pg_stat_database), \
-                   current_setting('max_connections')::bigint, \
-                   (SELECT pg_database_size(oid) FROM pg_database WHERE datname = $1)";
-        let row = client.query_one(sql, &[&shard.database]).await.map_err(failed("probe the shard"))?;
+                   current_setting('max_connections')::bigint";
+        let row = client.query_one(sql, &[]).await.map_err(failed("probe the shard"))?;
         let health = ShardHealth {
             healthy: true,
             latency_ms: Some(asked.elapsed().as_secs_f64() * 1000.0),
             version: row.get(0),
             connections: row.get(1),
             max_connections: row.get(2),
-            size_bytes: row.get(3),
+            // Measured seldom: it looks at every file of the database.
+            size_bytes: self.sizes.get(&shard.name).map(|size| *size),
             error: None,
         };
         self.probes.insert(shard.name.clone(), client);
@@ -308,11 +308,19 @@ impl Control {
     /// Measures every tenant's bytes on a shard, from the catalogs alone.
     pub(super) async fn measure_storage(&self, shard: &Shard) -> Result<(), PgError> {
         let client = self.shard_pool(&shard.name, &shard.database)?.checkout().await?;
+        let doing = failed("measure the tenants' storage");
+        // Measuring a table takes a lock on it: a tenant that holds an exclusive one keeps its last value and does not
+        // stop the others from being measured.
+        client.batch_execute("SET lock_timeout = '1s'").await.map_err(&doing)?;
         let sql = "SELECT n.nspname::text, sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c \
                    JOIN pg_namespace n ON n.oid = c.relnamespace \
-                   WHERE c.relkind IN ('r', 'm') AND pg_get_userbyid(n.nspowner) = $1 GROUP BY 1";
-        let owner = crate::tenant::plan::OWNER;
-        let rows = client.query(sql, &[&owner]).await.map_err(failed("measure the tenants' storage"))?;
+                   WHERE c.relkind IN ('r', 'm') AND pg_get_userbyid(n.nspowner) = $1 AND n.oid NOT IN \
+                     (SELECT b.relnamespace FROM pg_locks l JOIN pg_class b ON b.oid = l.relation \
+                      WHERE l.mode = 'AccessExclusiveLock' AND l.locktype = 'relation' AND l.database = \
+                        (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) GROUP BY 1";
+        let rows = client.query(sql, &[&OWNER]).await.map_err(&doing)?;
+        let sql = "SELECT pg_database_size(current_database())";
+        self.sizes.insert(shard.name.clone(), client.query_one(sql, &[]).await.map_err(&doing)?.get(0));
         client.give_back().await;
         let measured: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         for (schema, bytes) in measured {
@@ -321,6 +329,10 @@ impl Control {
             }
         }
         self.storage.retain(|id, _| self.directory.find(id.as_str()).is_some());
+        let mut largest: Vec<_> = self.storage.iter().map(|entry| (entry.key().clone(), *entry.value())).collect();
+        largest.sort_unstable_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        largest.truncate(self.config.metrics.metrics_top_tenants);
+        self.largest.store(std::sync::Arc::new(largest));
         Ok(())
     }
 }

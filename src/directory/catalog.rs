@@ -9,8 +9,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
+use tokio::time::Instant;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
@@ -28,6 +30,9 @@ const MIGRATION_LOCK: i64 = 0x70_67_75_73_68_65_72;
 
 /// Versioned migrations, run in order, each in a transaction of its own.
 const MIGRATIONS: &[(i32, &str, &str)] = &[(1, "catalog", include_str!("migrations/0001_catalog.sql"))];
+
+/// Removals older than this are forgotten ten times later; who has not read for so long reads everything.
+const FORGET: Duration = Duration::from_secs(24 * 3600);
 
 /// Why the catalog cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +68,15 @@ pub enum CatalogError {
     #[error("the catalog does not answer")]
     Silent,
 }
+
+/// A catalog restored into another cluster carries that one's transaction ids, which here may lie in the future: such
+/// rows would look new for ever. What is visible to a snapshot cannot be from after it, unless it was restored.
+const REPAIR: &str = "\
+    UPDATE pgusher.shards SET changed_at = changed_at WHERE changed_in >= pg_snapshot_xmax(pg_current_snapshot()); \
+    UPDATE pgusher.tenants SET changed_at = changed_at WHERE changed_in >= pg_snapshot_xmax(pg_current_snapshot()); \
+    UPDATE pgusher.credentials SET changed_at = changed_at WHERE changed_in >= pg_snapshot_xmax(pg_current_snapshot()); \
+    DELETE FROM pgusher.removals WHERE changed_in >= pg_snapshot_xmax(pg_current_snapshot()) \
+      OR changed_at < now() - interval '10 days'";
 
 /// Makes the database if it is missing and brings its tables to this version. Any number of proxies may do so at once.
 ///
@@ -106,6 +120,7 @@ pub async fn migrate(connector: &Connector, at: &Endpoint) -> Result<(), Catalog
         transaction.commit().await.map_err(failed)?;
         tracing::info!(version, name, "migrated the catalog");
     }
+    client.batch_execute(REPAIR).await.map_err(failed)?;
     // Closing the connection gives the lock back.
     Ok(())
 }
@@ -174,11 +189,10 @@ pub struct Reader {
     on_change: OnChange,
     /// For shards whose row does not say how many server connections they take.
     max_db_connections: usize,
-    /// Users from the config file, which the catalog's do not replace.
-    fixed_users: HashSet<String>,
-    /// One `Arc<Shard>` for each shard and database that tenants are recorded in.
-    homes: HashMap<(String, String), Arc<Shard>>,
+    /// One `Arc<Shard>` for each shard and, in it, database that tenants are recorded in.
+    homes: HashMap<String, HashMap<String, Arc<Shard>>>,
     seen: Option<Seen>,
+    read_at: Instant,
 }
 
 const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier \
@@ -199,8 +213,7 @@ fn since(alias: &str) -> String {
 impl Reader {
     /// A reader that has read nothing yet.
     pub fn new(directory: Arc<Directory>, on_change: OnChange, max_db_connections: usize) -> Self {
-        let fixed_users = directory.user_names().into_iter().collect();
-        Self { directory, on_change, max_db_connections, fixed_users, homes: HashMap::new(), seen: None }
+        Self { directory, on_change, max_db_connections, homes: HashMap::new(), seen: None, read_at: Instant::now() }
     }
 
     /// Reads what is new since the last time; everything, the first time and when that cannot be told.
@@ -210,13 +223,14 @@ impl Reader {
     pub async fn read(&mut self, client: &Client) -> Result<(), CatalogError> {
         let now = Seen::now(client).await?;
         match &self.seen {
-            Some(seen) if now.continues(seen) => {
+            Some(seen) if now.continues(seen) && self.read_at.elapsed() < FORGET => {
                 let snapshot = seen.snapshot.clone();
                 self.read_changes(client, &snapshot).await?;
             }
             _ => self.read_all(client).await?,
         }
         self.seen = Some(now);
+        self.read_at = Instant::now();
         Ok(())
     }
 
@@ -226,7 +240,7 @@ impl Reader {
             shards.insert(row.get::<_, String>(0));
             self.apply_shard(&row);
         }
-        let mut users = self.fixed_users.clone();
+        let mut users: HashSet<String> = HashSet::new();
         for row in client.query(USERS, &[]).await.map_err(read_failed)? {
             users.insert(row.get(0));
             self.apply_user(&row);
@@ -295,7 +309,7 @@ impl Reader {
         let (kind, key): (&str, &str) = (row.get(0), row.get(1));
         match kind {
             "shards" => self.directory.remove_shard(key),
-            "credentials" if !self.fixed_users.contains(key) => self.directory.remove_user(key),
+            "credentials" => self.directory.remove_user(key),
             "tenants" => {
                 if let Ok(id) = TenantId::parse(key) {
                     self.forget(&id);
@@ -314,7 +328,7 @@ impl Reader {
             return;
         }
         tracing::info!(shard = shard.name, host = shard.host, port = shard.port, weight = shard.weight, "shard");
-        self.homes.retain(|(name, _), _| *name != shard.name);
+        self.homes.remove(&shard.name);
         self.directory.put_shard(shard.clone());
         let mut moved = Vec::new();
         self.directory.for_each_tenant(|t| {
@@ -335,9 +349,7 @@ impl Reader {
             tenants: row.get(2),
             auto_provision: row.get(3),
         };
-        if !self.fixed_users.contains(&user.name) {
-            self.directory.put_user(user);
-        }
+        self.directory.put_user(user);
     }
 
     fn apply_tenant(&mut self, row: &Row) {
@@ -379,18 +391,17 @@ impl Reader {
         Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier })
     }
 
-    fn home(&mut self, shard: &str, database: &str) -> Option<Arc<Shard>> {
-        let key = (shard.to_owned(), database.to_owned());
-        if let Some(home) = self.homes.get(&key) {
+    fn home(&mut self, name: &str, database: &str) -> Option<Arc<Shard>> {
+        if let Some(home) = self.homes.get(name).and_then(|homes| homes.get(database)) {
             return Some(home.clone());
         }
-        let shard = self.directory.shard(shard)?;
+        let shard = self.directory.shard(name)?;
         let home = if shard.database == database {
             shard
         } else {
-            Arc::new(Shard { database: key.1.clone(), ..(*shard).clone() })
+            Arc::new(Shard { database: database.to_owned(), ..(*shard).clone() })
         };
-        self.homes.insert(key, home.clone());
+        self.homes.entry(name.to_owned()).or_default().insert(database.to_owned(), home.clone());
         Some(home)
     }
 

@@ -16,7 +16,7 @@ use super::connector::{Connector, Endpoint};
 /// How often the catalog is read without a reason: finds a connection that died silently.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// How long a read of changes may take before the connection counts as dead.
-const READ_TIMEOUT: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a first read may take.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);

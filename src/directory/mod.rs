@@ -9,11 +9,13 @@ pub mod connector;
 pub mod follow;
 pub mod ring;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::PgError;
@@ -129,6 +131,8 @@ pub struct ProvisionRequest {
 pub struct Directory {
     tenants: DashMap<TenantId, Arc<Tenant>>,
     users: DashMap<String, Arc<AppUser>>,
+    /// Names of users from the config file; the catalog's of the same name do not count.
+    config_users: Mutex<HashSet<String>>,
     shards: DashMap<String, Arc<Shard>>,
     /// Tenants per shard, counted along, so that a scrape need not walk all tenants.
     counts: DashMap<String, AtomicUsize>,
@@ -143,6 +147,7 @@ impl Directory {
         Self {
             tenants: DashMap::new(),
             users: DashMap::new(),
+            config_users: Mutex::default(),
             shards: DashMap::new(),
             counts: DashMap::new(),
             ring: ArcSwap::from_pointee(Ring::new([])),
@@ -245,14 +250,30 @@ impl Directory {
         }
     }
 
-    /// Puts an application user in place.
-    pub fn put_user(&self, user: AppUser) {
-        self.users.insert(user.name.clone(), Arc::new(user));
+    /// Puts the config file's users in place of those it had before.
+    pub fn set_config_users(&self, users: Vec<AppUser>) {
+        let names: HashSet<String> = users.iter().map(|user| user.name.clone()).collect();
+        let before = std::mem::replace(&mut *self.config_users.lock(), names.clone());
+        for user in users {
+            self.users.insert(user.name.clone(), Arc::new(user));
+        }
+        for name in before.difference(&names) {
+            self.users.remove(name);
+        }
     }
 
-    /// Forgets an application user.
+    /// Puts an application user of the catalog in place, unless the config file has one of that name.
+    pub fn put_user(&self, user: AppUser) {
+        if !self.config_users.lock().contains(&user.name) {
+            self.users.insert(user.name.clone(), Arc::new(user));
+        }
+    }
+
+    /// Forgets an application user of the catalog.
     pub fn remove_user(&self, name: &str) {
-        self.users.remove(name);
+        if !self.config_users.lock().contains(name) {
+            self.users.remove(name);
+        }
     }
 
     /// Names of all application users.
