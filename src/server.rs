@@ -11,6 +11,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 pub struct ServeError(String);
 pub struct Server {
     config: Config,
+    listeners: Vec<std::net::TcpListener>,
 }
 #[derive(Debug, Clone)]
 pub struct Addresses {
@@ -24,14 +25,18 @@ pub struct Control {
 }
 impl Server {
     pub async fn start(config: Config) -> Result<Self, ServeError> {
-        Ok(Self { config })
+        let bind =
+            |address: String| std::net::TcpListener::bind(&address).map_err(|e| ServeError(format!("{address}: {e}")));
+        let proxy = format!("127.0.0.1:{}", config.proxy.listen_port);
+        let listeners = vec![bind(proxy)?, bind(config.api.listen.clone())?, bind(config.metrics.listen.clone())?];
+        Ok(Self { config, listeners })
     }
     pub fn addresses(&self) -> Addresses {
         Addresses {
-            proxy: vec![([127, 0, 0, 1], self.config.proxy.listen_port).into()],
+            proxy: self.listeners[0].local_addr().into_iter().collect(),
             unix: None,
-            api: self.config.api.listen.parse().ok(),
-            metrics: self.config.metrics.listen.parse().ok(),
+            api: self.listeners[1].local_addr().ok(),
+            metrics: self.listeners[2].local_addr().ok(),
         }
     }
     pub fn control(&self) -> Arc<Control> {
