@@ -40,6 +40,10 @@ pub mod sqlstate {
     pub const INVALID_AUTHORIZATION: &str = "28000";
     /// `invalid_password`
     pub const INVALID_PASSWORD: &str = "28P01";
+    /// `syntax_error`
+    pub const SYNTAX_ERROR: &str = "42601";
+    /// `undefined_object`
+    pub const UNDEFINED_OBJECT: &str = "42704";
     /// `invalid_catalog_name`
     pub const UNKNOWN_DATABASE: &str = "3D000";
     /// `insufficient_privilege`

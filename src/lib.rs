@@ -11,7 +11,7 @@
 //! # Layers, low to high
 //!
 //! A module uses only what stands before it in this list; [`connection`] and [`server`] tie the
-//! knots, [`error`] and [`metrics`] are leaves that anyone may use.
+//! knots, [`error`], [`metrics`] and [`tls`] are leaves that anyone may use.
 //!
 //! | layer | question it answers |
 //! |---|---|
@@ -30,11 +30,18 @@
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
 pub mod cli;
+pub mod client;
 pub mod config;
+pub mod connection;
 pub mod control;
 pub mod dev;
 pub mod directory;
 pub mod error;
 pub mod metrics;
+pub mod pool;
+pub mod relay;
 pub mod server;
+pub mod stream;
 pub mod tenant;
+pub mod tls;
+pub mod wire;

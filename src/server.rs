@@ -1,17 +1,23 @@
-//! Stub: replaced by the data plane.
+//! Stub: replaced by the data plane. It has the real control plane, and nothing behind the ports.
 #![allow(missing_docs, clippy::missing_errors_doc, clippy::unused_async)]
 use crate::config::Config;
-use crate::directory::{Shard, Tenant};
-use crate::error::PgError;
-use crate::tenant::{Plan, Status, TenantId};
+use crate::control::{Control, ControlError, NoTraffic};
+use crate::directory::Directory;
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ServeError(String);
+impl From<ControlError> for ServeError {
+    fn from(e: ControlError) -> Self {
+        Self(e.to_string())
+    }
+}
 pub struct Server {
-    config: Config,
     listeners: Vec<std::net::TcpListener>,
+    control: Arc<Control>,
+    shutdown: CancellationToken,
 }
 #[derive(Debug, Clone)]
 pub struct Addresses {
@@ -20,16 +26,17 @@ pub struct Addresses {
     pub api: Option<SocketAddr>,
     pub metrics: Option<SocketAddr>,
 }
-pub struct Control {
-    config: Config,
-}
 impl Server {
     pub async fn start(config: Config) -> Result<Self, ServeError> {
         let bind =
             |address: String| std::net::TcpListener::bind(&address).map_err(|e| ServeError(format!("{address}: {e}")));
         let proxy = format!("127.0.0.1:{}", config.proxy.listen_port);
         let listeners = vec![bind(proxy)?, bind(config.api.listen.clone())?, bind(config.metrics.listen.clone())?];
-        Ok(Self { config, listeners })
+        let (tx, rx) = tokio::sync::mpsc::channel(100);
+        let shutdown = CancellationToken::new();
+        let directory = Arc::new(Directory::new(tx));
+        let control = Control::start(Arc::new(config), directory, rx, Arc::new(NoTraffic), shutdown.clone()).await?;
+        Ok(Self { listeners, control, shutdown })
     }
     pub fn addresses(&self) -> Addresses {
         Addresses {
@@ -40,31 +47,13 @@ impl Server {
         }
     }
     pub fn control(&self) -> Arc<Control> {
-        Arc::new(Control { config: self.config.clone() })
+        self.control.clone()
     }
     pub async fn reload(&self, _: Config) -> Result<(), ServeError> {
         Ok(())
     }
-    pub async fn drain(&self, _: Duration) {}
-}
-impl Control {
-    pub async fn ensure(&self, id: &TenantId, _by: &str) -> Result<Arc<Tenant>, PgError> {
-        let s = &self.config.shards[0];
-        Ok(Arc::new(Tenant {
-            id: id.clone(),
-            plan: Plan::Schema,
-            status: Status::Active,
-            epoch: 1,
-            verifier: None,
-            shard: Arc::new(Shard {
-                name: s.name.clone(),
-                host: s.host.clone(),
-                port: s.port,
-                database: s.database.clone(),
-                weight: 1,
-                region: String::new(),
-                max_db_connections: 1,
-            }),
-        }))
+    pub async fn drain(&self, _: Duration) {
+        self.shutdown.cancel();
+        self.control.finish().await;
     }
 }

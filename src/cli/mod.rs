@@ -12,7 +12,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Purpose};
-use crate::control::cli as control;
+use crate::control::records::ShardRecord;
+use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
 use logging::Logging;
@@ -77,7 +78,7 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum TenantCommand {
-    /// Make a tenant and print its DSN
+    /// Make a tenant
     Create {
         #[command(flatten)]
         config: ConfigFile,
@@ -86,6 +87,9 @@ enum TenantCommand {
         /// The shard it is to live on; the ring decides if absent
         #[arg(long)]
         shard: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// List tenants
     List {
@@ -95,9 +99,12 @@ enum TenantCommand {
         #[arg(long, value_name = "ID")]
         after: Option<String>,
         /// Print at most so many
-        #[arg(long, default_value_t = 1000)]
-        limit: u32,
-        /// Print a line of JSON for each
+        #[arg(long)]
+        limit: Option<u32>,
+        /// Deleted ones too
+        #[arg(long)]
+        deleted: bool,
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
@@ -120,6 +127,9 @@ enum TenantCommand {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -129,11 +139,11 @@ enum ShardCommand {
     List {
         #[command(flatten)]
         config: ConfigFile,
-        /// Print a line of JSON for each
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Add a shard; existing tenants stay where they are
+    /// Add a shard, or change one; existing tenants stay where they are
     Add(#[command(flatten)] ShardAdd),
 }
 
@@ -159,6 +169,12 @@ struct ShardAdd {
     /// Where it stands
     #[arg(long, default_value = "")]
     region: String,
+    /// Most server connections of a proxy to it; the proxy's default if absent
+    #[arg(long)]
+    max_db_connections: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// What a person reads when a command fails.
@@ -167,9 +183,13 @@ struct Failure {
     hint: Option<String>,
 }
 
-impl<E: std::error::Error> From<E> for Failure {
+impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { message: error.to_string(), hint: None }
+        let hint = match (&error as &dyn std::error::Error).downcast_ref::<ControlError>() {
+            Some(ControlError::Failed(error)) => error.hint.clone(),
+            _ => None,
+        };
+        Self { message: error.to_string(), hint }
     }
 }
 
@@ -290,23 +310,22 @@ fn control_config(file: &ConfigFile) -> Result<Config, Failure> {
 }
 
 async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
-    match command {
-        TenantCommand::Create { config, id, shard } => {
-            control::tenant_create(&control_config(&config)?, &id, shard.as_deref()).await?;
+    let text = match command {
+        TenantCommand::Create { config, id, shard, json } => {
+            control::tenant_create(&control_config(&config)?, &id, shard.as_deref(), json).await?
         }
-        TenantCommand::List { config, after, limit, json } => {
-            control::tenant_list(&control_config(&config)?, after.as_deref(), limit, json).await?;
+        TenantCommand::List { config, after, limit, deleted, json } => {
+            control::tenant_list(&control_config(&config)?, after.as_deref(), limit, deleted, json).await?
         }
-        TenantCommand::Show { config, id, json } => {
-            control::tenant_show(&control_config(&config)?, &id, json).await?;
-        }
-        TenantCommand::Delete { config, id, yes } => {
+        TenantCommand::Show { config, id, json } => control::tenant_show(&control_config(&config)?, &id, json).await?,
+        TenantCommand::Delete { config, id, yes, json } => {
             if !yes && !confirmed(&id)? {
                 return Err(Failure { message: "nothing was deleted".into(), hint: None });
             }
-            control::tenant_delete(&control_config(&config)?, &id).await?;
+            control::tenant_delete(&control_config(&config)?, &id, json).await?
         }
-    }
+    };
+    print!("{text}");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -319,24 +338,24 @@ fn confirmed(id: &str) -> Result<bool, Failure> {
 }
 
 async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {
-    match command {
+    let text = match command {
         ShardCommand::List { config, json } => control::shard_list(&control_config(&config)?, json).await?,
         ShardCommand::Add(add) => {
             let config = control_config(&add.config)?;
-            let shard = crate::config::ShardConfig {
+            let shard = ShardRecord {
                 name: add.name,
                 host: add.host,
                 port: add.port,
                 database: add.database,
                 weight: add.weight,
                 region: add.region,
-                admin_user: config.provision.admin_user.clone(),
-                admin_password: config.provision.admin_password.clone(),
-                max_db_connections: None,
+                max_db_connections: add.max_db_connections,
+                tenants: 0,
             };
-            control::shard_add(&config, &shard).await?;
+            control::shard_add(&config, &shard, add.json).await?
         }
-    }
+    };
+    print!("{text}");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -15,7 +15,7 @@ pub(super) enum Raw {
     /// A string of the file.
     Quoted(String),
     /// A list of the file.
-    List(Vec<Raw>),
+    List(Vec<Self>),
     /// An environment variable, in which all kinds look alike.
     Variable(String),
     /// Something else that TOML knows and no key takes, by its name.

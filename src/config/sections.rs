@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Secret;
+pub use crate::tenant::identify::Source;
 
 /// `[proxy]`: where clients arrive.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,21 +123,6 @@ pub enum AuthType {
 pub struct Auth {
     /// How clients prove who they are.
     pub auth_type: AuthType,
-}
-
-/// A place where a client may name its tenant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// The user name: `client_001`, `app.client_001`, `app@client_001`, or `username_regex`.
-    Username,
-    /// `-c pgusher.tenant=client_001` in `options`.
-    Options,
-    /// The TLS server name.
-    Sni,
-    /// The database name.
-    Database,
-    /// `application_name`: `tenant=client_001` or `client_001/worker`.
-    ApplicationName,
 }
 
 /// `[identify]`

@@ -1,22 +1,168 @@
-//! Stub: replaced by the control plane.
-#![allow(missing_docs, clippy::missing_errors_doc)]
-use crate::config::{Config, ShardConfig};
-use crate::error::PgError;
-pub async fn tenant_create(_: &Config, _id: &str, _shard: Option<&str>) -> Result<(), PgError> {
-    Ok(())
+//! What `pgusher tenant …` and `pgusher shard …` do: one command on the catalog, without a running proxy.
+//!
+//! Each function returns the text to print, for people or (`json`) for scripts. Running proxies follow the catalog,
+//! so a deletion closes sessions there too.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::records::{ShardRecord, TenantRecord};
+use super::{Control, ControlError};
+use crate::config::Config;
+use crate::error::{PgError, sqlstate};
+use crate::tenant::TenantId;
+
+/// Who did it, in the event log.
+const WHO: &str = "command line";
+
+/// Makes a tenant, on this shard or where the ring says.
+///
+/// # Errors
+/// The id is not one, the catalog or the shard is away, the template fails.
+pub async fn tenant_create(config: &Config, id: &str, shard: Option<&str>, json: bool) -> Result<String, ControlError> {
+    let id = tenant_id(id)?;
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let record = control.create(&id, WHO, shard.map(str::to_owned)).await?;
+    Ok(if json { as_json(&record) } else { format!("tenant {id} is {} on shard {}\n", record.status, record.shard) })
 }
-pub async fn tenant_list(_: &Config, _after: Option<&str>, _limit: u32, _json: bool) -> Result<(), PgError> {
-    Ok(())
+
+/// Lists tenants in the order of their ids, all of them or `limit` from the first after `after` on.
+///
+/// # Errors
+/// The catalog is away.
+pub async fn tenant_list(
+    config: &Config,
+    after: Option<&str>,
+    limit: Option<u32>,
+    deleted: bool,
+    json: bool,
+) -> Result<String, ControlError> {
+    const PAGE: u32 = 10_000;
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let mut records: Vec<TenantRecord> = Vec::new();
+    let mut left = limit.unwrap_or(u32::MAX);
+    loop {
+        let last = records.last().map(|record| record.id.clone());
+        let from = last.as_deref().or(after).unwrap_or_default();
+        let wanted = left.min(PAGE);
+        let page = control.list(from, wanted, deleted).await?;
+        let got = u32::try_from(page.len()).unwrap_or(u32::MAX);
+        records.extend(page);
+        left = left.saturating_sub(got);
+        if got < wanted || left == 0 {
+            break;
+        }
+    }
+    Ok(if json { as_json(&records) } else { tenant_table(&records) })
 }
-pub async fn tenant_show(_: &Config, _id: &str, _json: bool) -> Result<(), PgError> {
-    Ok(())
+
+/// Shows one tenant.
+///
+/// # Errors
+/// There is none, or the catalog is away.
+pub async fn tenant_show(config: &Config, id: &str, json: bool) -> Result<String, ControlError> {
+    let id = tenant_id(id)?;
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let record = control.show(&id).await?;
+    if json {
+        return Ok(as_json(&record));
+    }
+    let mut text = String::new();
+    for (name, value) in [
+        ("id", record.id.as_str()),
+        ("status", &record.status),
+        ("plan", &record.plan),
+        ("shard", &record.shard),
+        ("database", &record.database),
+        ("schema", &record.schema),
+        ("role", &record.role),
+        ("epoch", &record.epoch.to_string()),
+        ("created", &record.created_at),
+        ("changed", &record.changed_at),
+        ("deleted", record.deleted_at.as_deref().unwrap_or("-")),
+    ] {
+        let _ = writeln!(text, "{name:<9} {value}");
+    }
+    Ok(text)
 }
-pub async fn tenant_delete(_: &Config, _id: &str) -> Result<(), PgError> {
-    Ok(())
+
+/// Deletes a tenant: its data is gone when this returns.
+///
+/// # Errors
+/// There is none, or the catalog or the shard is away.
+pub async fn tenant_delete(config: &Config, id: &str, json: bool) -> Result<String, ControlError> {
+    let id = tenant_id(id)?;
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let record = control.delete(&id, WHO).await?;
+    Ok(if json { as_json(&record) } else { format!("tenant {id} is {}\n", record.status) })
 }
-pub async fn shard_list(_: &Config, _json: bool) -> Result<(), PgError> {
-    Ok(())
+
+/// Lists the shards of the catalog.
+///
+/// # Errors
+/// The catalog is away.
+pub async fn shard_list(config: &Config, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let shards = control.list_shards().await?;
+    if json {
+        return Ok(as_json(&shards));
+    }
+    let rows = shards.iter().map(|s| {
+        let at = format!("{}:{}", s.host, s.port);
+        vec![s.name.clone(), at, s.database.clone(), s.weight.to_string(), s.region.clone(), s.tenants.to_string()]
+    });
+    Ok(table(&["name", "address", "database", "weight", "region", "tenants"], rows.collect()))
 }
-pub async fn shard_add(_: &Config, _: &ShardConfig) -> Result<(), PgError> {
-    Ok(())
+
+/// Adds a shard, or changes one. Its administrator is `[provision] admin_user`, unless the config has the shard.
+///
+/// # Errors
+/// The shard cannot be set up, or the catalog is away.
+pub async fn shard_add(config: &Config, shard: &ShardRecord, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    control.add_shard(shard, WHO).await?;
+    Ok(if json { as_json(shard) } else { format!("shard {} is ready\n", shard.name) })
+}
+
+fn tenant_id(text: &str) -> Result<TenantId, PgError> {
+    TenantId::parse(text).map_err(|error| PgError::error(sqlstate::INVALID_PARAMETER_VALUE, error.to_string()))
+}
+
+fn as_json(value: &impl Serialize) -> String {
+    // These records consist of texts and numbers, which always can be written.
+    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
+}
+
+fn tenant_table(records: &[TenantRecord]) -> String {
+    let row =
+        |r: &TenantRecord| vec![r.id.clone(), r.status.clone(), r.plan.clone(), r.shard.clone(), r.created_at.clone()];
+    table(&["id", "status", "plan", "shard", "created"], records.iter().map(row).collect())
+}
+
+fn table(heads: &[&str], rows: Vec<Vec<String>>) -> String {
+    let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0).max(heads[at].len());
+    let widths: Vec<usize> = (0..heads.len()).map(width).collect();
+    let mut text = String::new();
+    let mut line = |cells: &[&str]| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        let _ = writeln!(text, "{}", padded.join("  ").trim_end());
+    };
+    line(heads);
+    for row in &rows {
+        line(&row.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = vec![vec!["a".to_owned(), "long cell".to_owned()], vec!["bcd".to_owned(), "x".to_owned()]];
+        assert_eq!(table(&["h", "k"], rows), "h    k\na    long cell\nbcd  x\n");
+    }
 }

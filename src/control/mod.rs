@@ -1,2 +1,619 @@
-//! Stub: replaced by the control plane.
+//! Changes to the world: tenants made and deleted, shards registered and probed, and who asks for it (HTTP, command
+//! line, a client that connects).
+//!
+//! [`Control`] does the work; [`api`] and [`cli`] only translate. The catalog is the truth, the
+//! [`Directory`] follows it through [`follow`](crate::directory::follow) alone: nothing here writes a
+//! tenant into the directory, so that an older state never wins over a newer one.
+
+pub(crate) mod admin;
+pub mod api;
 pub mod cli;
+mod delete;
+pub mod provision;
+pub mod records;
+pub mod shards;
+mod template;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dashmap::DashMap;
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::admin::{Admin, AdminPool};
+use self::provision::{Flights, Wanted};
+use self::records::{ShardRecord, TenantRecord};
+use self::shards::{Probe, ShardHealth, admin_endpoint};
+use crate::config::{Config, Secret};
+use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
+use crate::directory::connector::{Connector, Endpoint};
+use crate::directory::follow::{self, Follower};
+use crate::directory::{AppUser, Directory, ProvisionRequest, Shard, Tenant};
+use crate::error::{PgError, sqlstate};
+use crate::tenant::credential::{self, Verifier};
+use crate::tenant::{Status, TenantId};
+
+/// Connections to the catalog for changes, besides the one that follows.
+const CATALOG_CONNECTIONS: usize = 8;
+/// How often shards are probed.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// How often unfinished work of others is looked for.
+const JANITOR_INTERVAL: Duration = Duration::from_secs(30);
+/// How long to wait for the directory to catch up with the catalog.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a catalog that is not there yet is waited for at start.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The data plane, as far as the control plane needs it.
+pub trait Traffic: Send + Sync {
+    /// Ends every session and server connection of the tenant.
+    fn close_tenant(&self, id: &TenantId, why: PgError);
+    /// Clients connected now.
+    fn tenant_clients(&self, id: &TenantId) -> usize;
+    /// Server connections open now.
+    fn tenant_servers(&self, id: &TenantId) -> usize;
+    /// Server connections to a shard: all, and those that wait for work.
+    fn shard_servers(&self, shard: &str) -> (usize, usize);
+}
+
+/// No data plane: for the command line.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoTraffic;
+
+impl Traffic for NoTraffic {
+    fn close_tenant(&self, _: &TenantId, _: PgError) {}
+
+    fn tenant_clients(&self, _: &TenantId) -> usize {
+        0
+    }
+
+    fn tenant_servers(&self, _: &TenantId) -> usize {
+        0
+    }
+
+    fn shard_servers(&self, _: &str) -> (usize, usize) {
+        (0, 0)
+    }
+}
+
+/// Why the control plane did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The catalog cannot be used.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// Something else failed.
+    #[error(transparent)]
+    Failed(#[from] PgError),
+    /// Neither `[catalog] host` nor a shard is configured.
+    #[error("no catalog: the config has neither [catalog] host nor a [[shards]] section")]
+    NoCatalog,
+}
+
+/// The control plane.
+pub struct Control {
+    config: Arc<Config>,
+    directory: Arc<Directory>,
+    traffic: Arc<dyn Traffic>,
+    connector: Connector,
+    catalog: AdminPool,
+    /// `None` in a program that ends after one command: then the directory holds shards only.
+    follower: Option<follow::Handle>,
+    flights: Flights,
+    /// Administrators' connections, by shard and database.
+    pools: DashMap<(String, String), Arc<AdminPool>>,
+    /// Databases known to be set up.
+    prepared: DashMap<String, ()>,
+    health: DashMap<String, ShardHealth>,
+    probes: DashMap<String, tokio_postgres::Client>,
+    storage: DashMap<TenantId, u64>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+/// How a tenant is, as `GET /tenant/{id}/health` says it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TenantHealth {
+    /// Its id.
+    pub tenant: String,
+    /// Its status in the catalog, as this proxy knows it.
+    pub status: &'static str,
+    /// Its plan.
+    pub plan: &'static str,
+    /// Its shard.
+    pub shard: String,
+    /// Its database there.
+    pub database: String,
+    /// Its schema there.
+    pub schema: String,
+    /// Grows with each change of home or status.
+    pub epoch: u64,
+    /// Clients of this proxy.
+    pub clients: usize,
+    /// Server connections of this proxy.
+    pub server_connections: usize,
+    /// Bytes, as last measured.
+    pub storage_bytes: Option<u64>,
+    /// Whether the tenant's own login works.
+    #[serde(flatten)]
+    pub probe: Probe,
+}
+
+/// A DSN through the proxy.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DatabaseUrl {
+    /// The tenant.
+    pub tenant: String,
+    /// `postgresql://tenant:password@host:port/tenant`
+    pub database_url: String,
+    /// The proxy's host.
+    pub host: String,
+    /// The proxy's port.
+    pub port: u16,
+    /// User name: the tenant.
+    pub user: String,
+    /// Database name: the tenant.
+    pub database: String,
+    /// Schema that its tables are in.
+    pub schema: String,
+    /// Shard it lives on.
+    pub shard: String,
+}
+
+impl Control {
+    /// Migrates the catalog, registers the config's shards and users, loads the directory and starts the long-lived
+    /// tasks. When it returns, every tenant of the catalog is in the directory.
+    ///
+    /// # Errors
+    /// The catalog cannot be reached within half a minute, or not be migrated.
+    pub async fn start(
+        config: Arc<Config>,
+        directory: Arc<Directory>,
+        provision: mpsc::Receiver<ProvisionRequest>,
+        traffic: Arc<dyn Traffic>,
+        shutdown: CancellationToken,
+    ) -> Result<Arc<Self>, ControlError> {
+        let connector = Connector::plain(config.pool.server_connect_timeout);
+        Self::start_with(connector, config, directory, provision, traffic, shutdown).await
+    }
+
+    /// [`Control::start`] with TLS towards servers.
+    ///
+    /// # Errors
+    /// See [`Control::start`].
+    pub async fn start_with(
+        connector: Connector,
+        config: Arc<Config>,
+        directory: Arc<Directory>,
+        provision: mpsc::Receiver<ProvisionRequest>,
+        traffic: Arc<dyn Traffic>,
+        shutdown: CancellationToken,
+    ) -> Result<Arc<Self>, ControlError> {
+        let at = catalog_endpoint(&config)?;
+        migrate_patiently(&connector, &at).await?;
+        put_config_users(&config, &directory).await;
+        let reader = Reader::new(directory.clone(), close_on_change(&traffic), config.pool.max_db_connections);
+        let quick = Connector { connect_timeout: connector.connect_timeout.min(SYNC_TIMEOUT), ..connector.clone() };
+        let (mut follower, handle) = Follower::new(quick, at, reader);
+        let control = Arc::new(Self::new(connector, config, directory, traffic, Some(handle), shutdown.clone())?);
+        let link = follower.load().await?;
+        control.register_config_shards().await?;
+        control.tasks.spawn(follower.run(link, shutdown));
+        control.sync().await;
+        tracing::info!(
+            tenants = control.directory.len(),
+            shards = control.directory.shards().len(),
+            "loaded the catalog"
+        );
+        control.spawn_tasks(provision);
+        Ok(control)
+    }
+
+    /// Connects for one command: no long-lived tasks, no tenants in the directory.
+    ///
+    /// # Errors
+    /// The catalog cannot be reached or migrated.
+    pub async fn open(config: Arc<Config>) -> Result<Arc<Self>, ControlError> {
+        let connector = Connector::plain(config.pool.server_connect_timeout);
+        let at = catalog_endpoint(&config)?;
+        catalog::migrate(&connector, &at).await?;
+        let (provision, _) = mpsc::channel(1);
+        let directory = Arc::new(Directory::new(provision));
+        let control = Self::new(connector, config, directory, Arc::new(NoTraffic), None, CancellationToken::new())?;
+        control.register_config_shards().await?;
+        for shard in control.list_shards().await? {
+            control.directory.put_shard(known_shard(&shard, control.config.pool.max_db_connections));
+        }
+        Ok(Arc::new(control))
+    }
+
+    fn new(
+        connector: Connector,
+        config: Arc<Config>,
+        directory: Arc<Directory>,
+        traffic: Arc<dyn Traffic>,
+        follower: Option<follow::Handle>,
+        shutdown: CancellationToken,
+    ) -> Result<Self, ControlError> {
+        let at = catalog_endpoint(&config)?;
+        let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
+        Ok(Self {
+            config,
+            directory,
+            traffic,
+            connector,
+            catalog,
+            follower,
+            flights: Flights::default(),
+            pools: DashMap::new(),
+            prepared: DashMap::new(),
+            health: DashMap::new(),
+            probes: DashMap::new(),
+            storage: DashMap::new(),
+            tasks: TaskTracker::new(),
+            shutdown,
+        })
+    }
+
+    /// The directory that this control plane keeps up to date.
+    pub fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    /// Whether the catalog is followed right now.
+    pub fn catalog_connected(&self) -> bool {
+        self.follower.as_ref().is_none_or(follow::Handle::is_connected)
+    }
+
+    /// Bytes that each tenant uses, as last measured.
+    pub fn storage(&self) -> &DashMap<TenantId, u64> {
+        &self.storage
+    }
+
+    /// Waits until the tasks have ended after the shutdown token was cancelled; creations and deletions under way
+    /// are finished first.
+    pub async fn finish(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Makes the tenant unless it exists, and shows it.
+    ///
+    /// # Errors
+    /// What is told to whoever asked.
+    pub async fn create(
+        self: &Arc<Self>,
+        id: &TenantId,
+        who: &str,
+        shard: Option<String>,
+    ) -> Result<TenantRecord, PgError> {
+        self.make(id, who, Wanted::ByOperator(shard)).await?;
+        self.sync().await;
+        self.show(id).await
+    }
+
+    /// One tenant's row.
+    ///
+    /// # Errors
+    /// `3D000` if there is none.
+    pub async fn show(&self, id: &TenantId) -> Result<TenantRecord, PgError> {
+        let catalog = self.catalog().await?;
+        let record = TenantRecord::find(&*catalog, id).await?;
+        catalog.give_back().await;
+        record.ok_or_else(|| unknown(id))
+    }
+
+    /// Up to `limit` tenants in the order of ids, those after `after`.
+    ///
+    /// # Errors
+    /// The catalog is away.
+    pub async fn list(&self, after: &str, limit: u32, deleted_too: bool) -> Result<Vec<TenantRecord>, PgError> {
+        let catalog = self.catalog().await?;
+        let records = TenantRecord::list(&*catalog, after, i64::from(limit), deleted_too).await?;
+        catalog.give_back().await;
+        Ok(records)
+    }
+
+    /// A DSN through the proxy for the tenant's own login; makes the tenant if need be.
+    ///
+    /// # Errors
+    /// What is told to whoever asked.
+    pub async fn database_url(self: &Arc<Self>, id: &TenantId, who: &str) -> Result<DatabaseUrl, PgError> {
+        let (shard, schema) = match self.directory.find(id.as_str()) {
+            Some(tenant) => (tenant.shard.name.clone(), tenant.plan.schema(id)),
+            None => {
+                let record = self.create(id, who, None).await?;
+                (record.shard, record.schema)
+            }
+        };
+        let (host, port) = public_address(&self.config);
+        let secret = self.config.provision.master_secret.expose();
+        let password = credential::client_password(secret, id.as_str());
+        let bracketed = if host.contains(':') { format!("[{host}]") } else { host.clone() };
+        Ok(DatabaseUrl {
+            tenant: id.to_string(),
+            database_url: format!("postgresql://{id}:{password}@{bracketed}:{port}/{id}"),
+            host,
+            port,
+            user: id.to_string(),
+            database: id.to_string(),
+            schema,
+            shard,
+        })
+    }
+
+    /// How the tenant is, asked now.
+    ///
+    /// # Errors
+    /// `3D000` if this proxy knows no such tenant.
+    pub async fn tenant_health(&self, id: &TenantId) -> Result<TenantHealth, PgError> {
+        let tenant = self.directory.find(id.as_str()).ok_or_else(|| unknown(id))?;
+        let probe = self.probe_tenant(&tenant).await;
+        Ok(TenantHealth {
+            tenant: id.to_string(),
+            status: tenant.status.as_str(),
+            plan: tenant.plan.as_str(),
+            shard: tenant.shard.name.clone(),
+            database: tenant.shard.database.clone(),
+            schema: tenant.plan.schema(id),
+            epoch: tenant.epoch,
+            clients: self.traffic.tenant_clients(id),
+            server_connections: self.traffic.tenant_servers(id),
+            storage_bytes: self.storage.get(id.as_str()).map(|bytes| *bytes),
+            probe,
+        })
+    }
+
+    /// Waits until the directory has everything that is in the catalog now, if the catalog is there.
+    pub(crate) async fn sync(&self) -> bool {
+        match &self.follower {
+            Some(follower) => tokio::time::timeout(SYNC_TIMEOUT, follower.sync()).await.unwrap_or(false),
+            None => true,
+        }
+    }
+
+    async fn catalog(&self) -> Result<Admin, PgError> {
+        if !self.catalog_connected() {
+            return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, "the catalog is not reachable")
+                .detail("Tenants that this proxy knows go on; new ones cannot be made.")
+                .hint("Try again in a moment."));
+        }
+        self.catalog.checkout().await
+    }
+
+    /// The tenant for a client that connects, made if need be.
+    async fn ensure(self: &Arc<Self>, id: &TenantId, who: &str) -> Result<Arc<Tenant>, PgError> {
+        if let Some(tenant) = self.directory.find(id.as_str()) {
+            return Ok(tenant);
+        }
+        self.make(id, who, Wanted::ByConnecting).await?;
+        self.sync().await;
+        self.directory.find(id.as_str()).ok_or_else(|| {
+            PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("tenant \"{id}\" is not ready")).hint("Try again.")
+        })
+    }
+
+    fn spawn_tasks(self: &Arc<Self>, mut provision: mpsc::Receiver<ProvisionRequest>) {
+        let control = self.clone();
+        self.spawn(async move {
+            while let Some(request) = provision.recv().await {
+                let worker = control.clone();
+                control.tasks.spawn(async move {
+                    let answer = worker.ensure(&request.id, &request.requested_by).await;
+                    let _ = request.reply.send(answer);
+                });
+            }
+        });
+        let control = self.clone();
+        self.every(PROBE_INTERVAL, move || control.clone().probe_shards());
+        let control = self.clone();
+        self.every(JANITOR_INTERVAL, move || control.clone().tidy());
+        let control = self.clone();
+        let interval = self.config.metrics.storage_interval;
+        if !interval.is_zero() {
+            self.every(interval, move || control.clone().measure());
+        }
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(async move {
+            shutdown.run_until_cancelled(work).await;
+        });
+    }
+
+    /// Runs the work now and then, one run at a time.
+    fn every<F>(&self, interval: Duration, work: impl Fn() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send,
+    {
+        self.spawn(async move {
+            let mut ticks = tokio::time::interval(interval);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                work().await;
+            }
+        });
+    }
+
+    async fn probe_shards(self: Arc<Self>) {
+        let shards = self.directory.shards();
+        futures_util::future::join_all(shards.iter().map(|shard| self.probe_shard(shard))).await;
+        self.health.retain(|name, _| shards.iter().any(|shard| shard.name == *name));
+    }
+
+    async fn measure(self: Arc<Self>) {
+        for shard in self.directory.shards() {
+            if let Err(error) = self.measure_storage(&shard).await {
+                tracing::debug!(shard = shard.name, %error, "cannot measure storage");
+            }
+        }
+    }
+
+    /// Sets up shards that are not, and takes up what others left unfinished.
+    async fn tidy(self: Arc<Self>) {
+        self.catalog.sweep();
+        self.pools.iter().for_each(|pool| pool.sweep());
+        for shard in self.directory.shards() {
+            if let Err(error) = self.ensure_setup(&shard.name, &shard.database).await {
+                tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
+            }
+        }
+        let left = async {
+            let catalog = self.catalog().await?;
+            let after = self.config.provision.provision_timeout.as_secs_f64();
+            let unfinished = TenantRecord::unfinished(&*catalog, after).await?;
+            catalog.give_back().await;
+            Ok::<_, PgError>(unfinished)
+        };
+        for record in left.await.unwrap_or_default() {
+            let Ok(id) = TenantId::parse(&record.id) else { continue };
+            tracing::info!(tenant = %id, status = record.status, "taking up unfinished work");
+            let done = match record.status() {
+                Some(Status::Deleting) => self.delete(&id, "janitor").await.map(drop),
+                _ => self.make(&id, "janitor", Wanted::ByConnecting).await,
+            };
+            if let Err(error) = done {
+                tracing::warn!(tenant = %id, %error, "cannot finish what was begun");
+            }
+        }
+    }
+}
+
+/// What sessions of a changed tenant are told.
+pub(crate) fn closing(id: &TenantId, change: Change) -> PgError {
+    let message = match change {
+        Change::Moved => format!("tenant \"{id}\" has changed its place"),
+        Change::Suspended => format!("tenant \"{id}\" is suspended"),
+        Change::Gone => format!("tenant \"{id}\" has been deleted"),
+    };
+    let error = PgError::fatal(sqlstate::ADMIN_SHUTDOWN, message);
+    if change == Change::Moved { error.hint("Connect again.") } else { error }
+}
+
+fn close_on_change(traffic: &Arc<dyn Traffic>) -> OnChange {
+    let traffic = traffic.clone();
+    Arc::new(move |id, change| traffic.close_tenant(id, closing(id, change)))
+}
+
+fn unknown(id: &TenantId) -> PgError {
+    PgError::error(sqlstate::UNKNOWN_DATABASE, format!("there is no tenant \"{id}\""))
+}
+
+fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
+    Shard {
+        name: record.name.clone(),
+        host: record.host.clone(),
+        port: record.port,
+        database: record.database.clone(),
+        weight: record.weight,
+        region: record.region.clone(),
+        max_db_connections: record.max_db_connections.unwrap_or(max_db_connections),
+    }
+}
+
+/// Where the catalog is: what `[catalog]` says, or a database on the first shard.
+fn catalog_endpoint(config: &Config) -> Result<Endpoint, ControlError> {
+    let catalog = &config.catalog;
+    if let Some(host) = &catalog.host {
+        return Ok(Endpoint {
+            host: host.clone(),
+            port: catalog.port,
+            database: catalog.database.clone(),
+            user: catalog.user.clone(),
+            password: catalog.password.clone(),
+        });
+    }
+    let first = config.shards.first().ok_or(ControlError::NoCatalog)?;
+    Ok(admin_endpoint(config, &first.name, &first.host, first.port, &catalog.database))
+}
+
+/// Migrates; waits for a server that is only just starting (everything is started at once by compose and the like).
+async fn migrate_patiently(connector: &Connector, at: &Endpoint) -> Result<(), ControlError> {
+    let until = tokio::time::Instant::now() + START_PATIENCE;
+    loop {
+        match catalog::migrate(connector, at).await {
+            // A server that refuses us says so with a code; 57P03 is "starting up".
+            Err(CatalogError::Connect(_, error))
+                if error.code().is_none_or(|code| code == sqlstate::CANNOT_CONNECT_NOW)
+                    && tokio::time::Instant::now() < until =>
+            {
+                tracing::warn!(%error, "waiting for the catalog");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            done => return Ok(done?),
+        }
+    }
+}
+
+/// Users of the config file live in memory only; a plain password becomes a verifier here.
+async fn put_config_users(config: &Config, directory: &Directory) {
+    for user in &config.users {
+        let verifier = verifier(&user.password).await;
+        directory.put_user(AppUser {
+            name: user.name.clone(),
+            verifier,
+            tenants: user.tenants.clone(),
+            auto_provision: user.auto_provision,
+        });
+    }
+}
+
+async fn verifier(password: &Secret) -> Option<Verifier> {
+    if password.expose().is_empty() {
+        return None;
+    }
+    if let Ok(verifier) = Verifier::parse(password.expose()) {
+        return Some(verifier);
+    }
+    let password = password.clone();
+    tokio::task::spawn_blocking(move || Verifier::random(password.expose())).await.ok()
+}
+
+/// Host and port that DSNs handed out contain.
+fn public_address(config: &Config) -> (String, u16) {
+    let port = config.api.public_port.unwrap_or(config.proxy.listen_port);
+    let first = config.proxy.listen_addr.split(',').next().unwrap_or_default().trim();
+    let host = config.api.public_host.clone().unwrap_or_else(|| match first {
+        "" | "*" | "0.0.0.0" | "::" => "127.0.0.1".to_owned(),
+        address => address.to_owned(),
+    });
+    (host, port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ShardConfig;
+
+    #[test]
+    fn without_a_host_the_catalog_is_on_the_first_shard() {
+        assert!(matches!(catalog_endpoint(&Config::default()), Err(ControlError::NoCatalog)));
+        let mut config = Config::default();
+        config.shards =
+            vec![ShardConfig { name: "a".into(), port: 5433, admin_user: "root".into(), ..ShardConfig::default() }];
+        let at = catalog_endpoint(&config).unwrap();
+        assert_eq!((at.port, at.database.as_str(), at.user.as_str()), (5433, "pgusher", "root"));
+        config.catalog.host = Some("catalog.example".into());
+        assert_eq!(catalog_endpoint(&config).unwrap().host, "catalog.example");
+    }
+
+    #[test]
+    fn dsns_name_an_address_that_can_be_connected_to() {
+        for (listen, public, expected) in [
+            ("127.0.0.1", None, "127.0.0.1"),
+            ("*", None, "127.0.0.1"),
+            ("10.0.0.1,10.0.0.2", None, "10.0.0.1"),
+            ("*", Some("db.example"), "db.example"),
+        ] {
+            let mut config = Config::default();
+            config.proxy.listen_addr = listen.into();
+            config.api.public_host = public.map(str::to_owned);
+            assert_eq!(public_address(&config).0, expected);
+        }
+    }
+}

@@ -4,15 +4,23 @@
 //! [`Directory::version`], so that a connection which remembers the version it saw pays one atomic load per
 //! transaction to learn that nothing changed.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+pub mod catalog;
+pub mod connector;
+pub mod follow;
+pub mod ring;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::PgError;
 use crate::tenant::credential::Verifier;
 use crate::tenant::{Plan, Status, TenantId};
+
+use self::ring::Ring;
 
 /// A PostgreSQL cluster that tenants live on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +48,7 @@ pub struct Tenant {
     pub id: TenantId,
     /// How it is separated.
     pub plan: Plan,
-    /// Where it lives.
+    /// Where it lives. Its `database` is the one recorded for this tenant, which need not be where new tenants go.
     pub shard: Arc<Shard>,
     /// Whether it may be used.
     pub status: Status,
@@ -48,6 +56,23 @@ pub struct Tenant {
     pub epoch: u64,
     /// The tenant's own credential, if it has one.
     pub verifier: Option<Box<Verifier>>,
+}
+
+impl Tenant {
+    /// The role that its server connections log in as.
+    pub fn role(&self) -> String {
+        self.plan.role(&self.id)
+    }
+
+    /// The database that it lives in.
+    pub fn database(&self) -> &str {
+        &self.shard.database
+    }
+
+    /// The startup settings with which an unchanged client finds its tables.
+    pub fn startup_settings(&self) -> Vec<(String, String)> {
+        self.plan.startup_settings(&self.id)
+    }
 }
 
 /// A login that is entitled to several tenants.
@@ -99,6 +124,10 @@ pub struct ProvisionRequest {
 pub struct Directory {
     tenants: DashMap<TenantId, Arc<Tenant>>,
     users: DashMap<String, Arc<AppUser>>,
+    shards: DashMap<String, Arc<Shard>>,
+    /// Tenants per shard, counted along, so that a scrape need not walk all tenants.
+    counts: DashMap<String, AtomicUsize>,
+    ring: ArcSwap<Ring>,
     version: AtomicU64,
     provision: mpsc::Sender<ProvisionRequest>,
 }
@@ -106,7 +135,15 @@ pub struct Directory {
 impl Directory {
     /// An empty directory. Requests for new tenants go to `provision`.
     pub fn new(provision: mpsc::Sender<ProvisionRequest>) -> Self {
-        Self { tenants: DashMap::new(), users: DashMap::new(), version: AtomicU64::new(1), provision }
+        Self {
+            tenants: DashMap::new(),
+            users: DashMap::new(),
+            shards: DashMap::new(),
+            counts: DashMap::new(),
+            ring: ArcSwap::from_pointee(Ring::new([])),
+            version: AtomicU64::new(1),
+            provision,
+        }
     }
 
     /// A number that grows with every change.
@@ -134,10 +171,57 @@ impl Directory {
         self.tenants.is_empty()
     }
 
-    /// Puts a tenant's new state in place.
+    /// The shard of this name, as it is for new tenants.
+    pub fn shard(&self, name: &str) -> Option<Arc<Shard>> {
+        self.shards.get(name).map(|entry| entry.clone())
+    }
+
+    /// All shards, by name.
+    pub fn shards(&self) -> Vec<Arc<Shard>> {
+        let mut shards: Vec<_> = self.shards.iter().map(|entry| entry.clone()).collect();
+        shards.sort_by(|a, b| a.name.cmp(&b.name));
+        shards
+    }
+
+    /// Number of tenants on a shard.
+    pub fn tenants_on(&self, shard: &str) -> usize {
+        self.counts.get(shard).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// The shard where a new tenant goes; none if no shard takes tenants.
+    pub fn place(&self, id: &TenantId) -> Option<Arc<Shard>> {
+        self.ring.load().place(id.as_str()).and_then(|name| self.shard(name))
+    }
+
+    /// Calls `visit` for every tenant; for start-up and shard changes, never on a client's way.
+    pub fn for_each_tenant(&self, mut visit: impl FnMut(&Arc<Tenant>)) {
+        self.tenants.iter().for_each(|entry| visit(&entry));
+    }
+
+    /// Puts a shard in place and makes the ring anew. Tenants hold their own copy: put them again.
+    pub fn put_shard(&self, shard: Shard) {
+        self.shards.insert(shard.name.clone(), Arc::new(shard));
+        self.make_ring();
+    }
+
+    /// Forgets a shard.
+    pub fn remove_shard(&self, name: &str) {
+        self.shards.remove(name);
+        self.make_ring();
+    }
+
+    fn make_ring(&self) {
+        let shards = self.shards();
+        self.ring.store(Arc::new(Ring::new(shards.iter().map(|shard| (shard.name.as_str(), shard.weight)))));
+        self.version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Puts a tenant's new state in place. Only whoever follows the catalog does, so that no older state wins.
     pub fn put(&self, tenant: Tenant) -> Arc<Tenant> {
         let tenant = Arc::new(tenant);
-        self.tenants.insert(tenant.id.clone(), tenant.clone());
+        let old = self.tenants.insert(tenant.id.clone(), tenant.clone());
+        self.counts.entry(tenant.shard.name.clone()).or_default().fetch_add(1, Ordering::Relaxed);
+        self.uncount(old.as_deref());
         self.version.fetch_add(1, Ordering::AcqRel);
         tenant
     }
@@ -145,8 +229,15 @@ impl Directory {
     /// Forgets a tenant.
     pub fn remove(&self, id: &str) -> Option<Arc<Tenant>> {
         let old = self.tenants.remove(id).map(|(_, t)| t);
+        self.uncount(old.as_deref());
         self.version.fetch_add(1, Ordering::AcqRel);
         old
+    }
+
+    fn uncount(&self, old: Option<&Tenant>) {
+        if let Some(count) = old.and_then(|old| self.counts.get(&old.shard.name)) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Puts an application user in place.
@@ -157,6 +248,11 @@ impl Directory {
     /// Forgets an application user.
     pub fn remove_user(&self, name: &str) {
         self.users.remove(name);
+    }
+
+    /// Names of all application users.
+    pub fn user_names(&self) -> Vec<String> {
+        self.users.iter().map(|entry| entry.key().clone()).collect()
     }
 
     /// The tenant, made first if it does not exist. Waits until it is ready.

@@ -110,6 +110,11 @@ pub fn hmac(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
     mac.finalize().into_bytes().into()
 }
 
+/// A nonce for a SCRAM exchange: 18 random bytes in base64, as PostgreSQL makes them.
+pub fn nonce() -> String {
+    STANDARD.encode(rand::random::<[u8; 18]>())
+}
+
 /// The password with which pgusher logs in as `role`: 256 bits derived from the master secret.
 pub fn server_password(master_secret: &str, role: &str) -> String {
     URL_SAFE_NO_PAD.encode(hmac(master_secret.as_bytes(), &[b"pgusher server password v1\0", role.as_bytes()]))

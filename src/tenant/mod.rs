@@ -3,6 +3,7 @@
 //! Invariant: a [`TenantId`] is always valid; it has one constructor, [`TenantId::parse`].
 
 pub mod credential;
+pub mod identify;
 pub mod plan;
 pub mod sql;
 

@@ -1,0 +1,397 @@
+//! The story of one client, start to end.
+//!
+//! ```text
+//! open          TLS, startup packet                      ┐ one deadline,
+//! identify      which login, which tenant                │ client_login_timeout
+//! authenticate  SCRAM; unknown names cost the same       ┘
+//! admit         the tenant exists (or is made), is active, may have what it asks for
+//! ── hand over to the tenant's worker thread ──
+//! greet         parameters as the server reports them, cancel key
+//! relay
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::BytesMut;
+
+use crate::client::auth::Exchange;
+use crate::client::login::{self, Opened, Opening, Refused};
+use crate::client::parameters::ClientParameters;
+use crate::client::sessions::Registered;
+use crate::client::signals::Signals;
+use crate::config::AuthType;
+use crate::directory::{Directory, Tenant};
+use crate::error::{PgError, Severity, sqlstate};
+use crate::pool::lease::Residue;
+use crate::pool::params::Params;
+use crate::pool::{CheckoutError, Settings};
+use crate::relay::{self, Client, End};
+use crate::server::{Settled, Shared};
+use crate::stream::{Detached, Stream};
+use crate::tenant::credential::{Verifier, nonce};
+use crate::tenant::identify::{self, Hello, Identity, Known, Login};
+use crate::tenant::{Status, TenantId};
+use crate::wire::Version;
+use crate::wire::message;
+
+/// Where a client comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Peer {
+    /// TCP
+    Tcp(SocketAddr),
+    /// The Unix socket
+    Unix,
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("unix socket"),
+        }
+    }
+}
+
+/// A client that is logged in, on its way to its tenant's worker.
+pub struct Admitted {
+    stream: Detached,
+    input: BytesMut,
+    /// What is to be sent before the greeting.
+    unsent: BytesMut,
+    version: Version,
+    tenant: Arc<Tenant>,
+    seen: u64,
+    settings: Settings,
+    application_name: Arc<str>,
+    peer: Peer,
+    user: String,
+    id: u64,
+    /// What was configured when it came.
+    settled: Arc<Settled>,
+    _counted: Counted,
+}
+
+/// One client more, as long as it lives.
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.metrics.clients.fetch_add(1, Ordering::Relaxed);
+        shared.metrics.clients_total.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.metrics.clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Known for Directory {
+    fn is_app_user(&self, name: &str) -> bool {
+        self.user(name).is_some()
+    }
+
+    fn may_use(&self, app_user: &str, tenant: &TenantId) -> bool {
+        self.user(app_user).is_some_and(|user| user.may_use(tenant))
+    }
+
+    fn exists(&self, tenant: &TenantId) -> bool {
+        self.find(tenant.as_str()).is_some()
+    }
+}
+
+/// Takes a client from accept to its tenant's worker, which serves it to its end.
+pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
+    let settled = shared.settled();
+    let counted = Counted::new(&shared);
+    let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
+    let timeout = settled.client_login_timeout;
+    let deadline = tokio::time::Instant::now() + timeout;
+    let opened = match tokio::time::timeout_at(deadline, login::open(stream, tls)).await {
+        Ok(opened) => opened,
+        Err(_) => return tracing::debug!(%peer, "client_login_timeout before the startup packet"),
+    };
+    let mut opening = match opened {
+        Opened::Session(opening) => opening,
+        Opened::Cancel(cancel) => {
+            return shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+        }
+        Opened::Nothing => return,
+    };
+    let mut unsent = BytesMut::new();
+    let proof = prove(&shared, &settled, &mut opening, &mut unsent);
+    let refused = match tokio::time::timeout_at(deadline, proof).await {
+        Ok(Ok(identity)) => match admit(&shared, &identity, &opening).await {
+            Ok((tenant, settings, application_name)) => {
+                shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
+                let Opening { stream, input, startup, .. } = *opening;
+                let Ok(stream) = stream.detach() else { return };
+                let admitted = Admitted {
+                    stream,
+                    input,
+                    unsent,
+                    version: startup.version(),
+                    seen: 0,
+                    tenant,
+                    settings,
+                    application_name,
+                    peer,
+                    user: startup.user().to_owned(),
+                    id: shared.next_client(),
+                    settled,
+                    _counted: counted,
+                };
+                return shared.hand_over(admitted);
+            }
+            Err(error) => error,
+        },
+        Ok(Err(Refused::Told(error))) => error,
+        Ok(Err(Refused::Gone)) => return tracing::debug!(%peer, "client left while logging in"),
+        Err(_) => PgError::fatal(sqlstate::INVALID_AUTHORIZATION, "client_login_timeout")
+            .detail(format!("The login was not complete after {timeout:?}.")),
+    };
+    turn_away(&shared, &mut opening, unsent, peer, refused).await;
+}
+
+async fn turn_away(shared: &Shared, opening: &mut Opening, mut unsent: BytesMut, peer: Peer, mut error: PgError) {
+    error.severity = Severity::Fatal;
+    shared.metrics.client_logins_failed.fetch_add(1, Ordering::Relaxed);
+    shared.metrics.count_error(&error.code, "proxy");
+    tracing::info!(%peer, user = opening.startup.user(), code = %error.code, error = error.message, "login refused");
+    message::error_response(&mut unsent, &error);
+    let goodbye = async {
+        if opening.stream.send_all(&unsent).await.is_ok() {
+            let _ = opening.stream.shutdown().await;
+        }
+    };
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), goodbye).await;
+}
+
+/// Who is it? The answer to everything that is wrong before the proof is 28P01, at one cost.
+async fn prove(
+    shared: &Shared,
+    settled: &Settled,
+    opening: &mut Opening,
+    unsent: &mut BytesMut,
+) -> Result<Identity, Refused> {
+    opening.negotiate(unsent);
+    if shared.metrics.clients.load(Ordering::Relaxed) > settled.max_client_conn {
+        let error = PgError::fatal(sqlstate::TOO_MANY_CONNECTIONS, "no more connections allowed (max_client_conn)")
+            .detail(format!("The proxy serves {} clients.", settled.max_client_conn))
+            .hint("Close connections that are not used, or raise max_client_conn.");
+        return Err(Refused::Told(error));
+    }
+    let parameters = ClientParameters::read(&opening.startup);
+    let hello = Hello {
+        user: opening.startup.user(),
+        database: opening.startup.database(),
+        application_name: parameters.application_name.as_deref(),
+        tenant_option: parameters.tenant.as_deref(),
+        sni: opening.sni.as_deref(),
+    };
+    let identity = identify::identify(&settled.identify, &hello, &*shared.directory);
+    let user = opening.startup.user().to_owned();
+    match settled.auth_type {
+        AuthType::ScramSha256 => {
+            let verifier = verifier(&shared.directory, &identity.login);
+            let end_point = opening.end_point.clone();
+            let exchange = Exchange::new(&user, verifier.as_ref(), &shared.mock, end_point.as_deref(), nonce());
+            opening.authenticate(exchange, unsent).await?;
+        }
+        AuthType::Trust if exists(&shared.directory, &identity.login) => {}
+        AuthType::Trust => return Err(Refused::Told(crate::client::auth::wrong_password(&user))),
+    }
+    Ok(identity)
+}
+
+fn verifier(directory: &Directory, login: &Login) -> Option<Verifier> {
+    match login {
+        Login::Tenant(id) => directory.find(id.as_str())?.verifier.as_deref().cloned(),
+        Login::AppUser(name) => directory.user(name)?.verifier.clone(),
+        Login::Nobody => None,
+    }
+}
+
+fn exists(directory: &Directory, login: &Login) -> bool {
+    match login {
+        Login::Tenant(id) => directory.find(id.as_str()).is_some(),
+        Login::AppUser(name) => directory.user(name).is_some(),
+        Login::Nobody => false,
+    }
+}
+
+/// The tenant, made if it may be, and the settings that the client may have.
+async fn admit(
+    shared: &Shared,
+    identity: &Identity,
+    opening: &Opening,
+) -> Result<(Arc<Tenant>, Settings, Arc<str>), PgError> {
+    let user = opening.startup.user();
+    let id = identity.tenant.as_ref().map_err(|error| {
+        if error.is_violation() {
+            shared.metrics.count_violation("startup", "refused", named(&identity.login));
+        }
+        PgError::from(error)
+    })?;
+    let tenant = match shared.directory.find(id.as_str()) {
+        Some(tenant) => tenant,
+        None => make(shared, &identity.login, id, user).await?,
+    };
+    if tenant.status != Status::Active {
+        let text = format!("tenant \"{id}\" is {}", tenant.status.as_str());
+        return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, text).hint("Ask whoever runs this service."));
+    }
+    let parameters = ClientParameters::read(&opening.startup);
+    let settings = parameters.settings_for(&tenant.schema()).map_err(|refusal| {
+        if refusal.violation {
+            shared.metrics.count_violation("startup", "refused", id.as_str());
+        }
+        refusal.error
+    })?;
+    Ok((tenant, settings, parameters.application_name.unwrap_or_default().into()))
+}
+
+fn named(login: &Login) -> &str {
+    match login {
+        Login::Tenant(id) => id.as_str(),
+        Login::AppUser(_) | Login::Nobody => "",
+    }
+}
+
+async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Result<Arc<Tenant>, PgError> {
+    let may = match login {
+        Login::AppUser(name) => shared.directory.user(name).is_some_and(|user| user.auto_provision),
+        Login::Tenant(_) | Login::Nobody => false,
+    };
+    if !may {
+        return Err(PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("tenant \"{id}\" does not exist"))
+            .hint("Create it first, or set auto_provision = true for the application user."));
+    }
+    shared.directory.ensure(id, user).await
+}
+
+/// Serves a client that has been handed over. Runs on the tenant's worker.
+pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
+    let (peer, id, user) = (admitted.peer, admitted.id, admitted.user.clone());
+    let tenant = admitted.tenant.id.clone();
+    let log = admitted.settled.log_connections;
+    let started = tokio::time::Instant::now();
+    let stats = shared.metrics.tenant(tenant.as_str());
+    stats.clients.fetch_add(1, Ordering::Relaxed);
+    let outcome = match greet(admitted, &shared, &worker).await {
+        Ok((client, registered, counted)) => {
+            let end = Box::pin(relay::run(client, worker)).await;
+            drop((registered, counted));
+            Some(end)
+        }
+        Err(reason) => reason.map(End::Told),
+    };
+    stats.clients.fetch_sub(1, Ordering::Relaxed);
+    if !log {
+        return;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let why = match &outcome {
+        None | Some(End::Lost) => "client lost".to_owned(),
+        Some(End::Left) => "client left".to_owned(),
+        Some(End::Server) => "server closed".to_owned(),
+        Some(End::Told(error)) => error.to_string(),
+    };
+    tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+}
+
+/// Tells the client that it is welcome, in the server's own words. `Err(None)`: it went away.
+async fn greet(
+    admitted: Admitted,
+    shared: &Arc<Shared>,
+    worker: &Arc<relay::Worker>,
+) -> Result<(Client, Registered, Counted), Option<PgError>> {
+    let mut stream = admitted.stream.attach().map_err(|_| None)?;
+    let signals = Arc::new(Signals::default());
+    let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
+    let settings = shared.settings.intern(admitted.settings);
+    let name = admitted.application_name;
+    let mut out = admitted.unsent;
+    let params = match welcome(worker, &admitted.tenant, &settings, &name, &admitted.settled).await {
+        Ok(params) => params,
+        Err(mut error) => {
+            error.severity = Severity::Fatal;
+            message::authentication_ok(&mut out);
+            message::error_response(&mut out, &error);
+            worker.metrics.count_error(&error.code, "proxy");
+            let _ = stream.send_all(&out).await;
+            let _ = stream.shutdown().await;
+            return Err(Some(error));
+        }
+    };
+    let params = params.with("application_name", &name);
+    let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
+    let key = {
+        let signals = signals.clone();
+        shared.cancels.issue(secret_len, move || signals.cancel_wait())
+    };
+    message::authentication_ok(&mut out);
+    for (name, value) in params.iter() {
+        message::parameter_status(&mut out, name, value.as_bytes());
+    }
+    message::backend_key_data(&mut out, key.pid.cast_signed(), &key.secret);
+    message::ready_for_query(&mut out, b'I');
+    stream.send_all(&out).await.map_err(|_| None)?;
+    if admitted.settled.log_connections {
+        tracing::info!(tenant = %admitted.tenant.id, user = admitted.user, peer = %admitted.peer, id = admitted.id,
+            tls = stream.is_tls(), shard = admitted.tenant.shard.name, "client connected");
+    }
+    let client = Client {
+        id: admitted.id,
+        stream,
+        early: admitted.input.to_vec(),
+        stats: shared.metrics.tenant(admitted.tenant.id.as_str()),
+        tenant: admitted.tenant,
+        seen: admitted.seen,
+        settings,
+        application_name: name,
+        params,
+        key,
+        signals,
+        rules: admitted.settled.relay.clone(),
+    };
+    Ok((client, registered, admitted._counted))
+}
+
+/// What the server reports at login. Asked of a server only if no connection with these settings was opened before:
+/// the connection is then there for the client's first query.
+async fn welcome(
+    worker: &relay::Worker,
+    tenant: &Arc<Tenant>,
+    settings: &Arc<Settings>,
+    application_name: &Arc<str>,
+    settled: &Settled,
+) -> Result<Arc<Params>, PgError> {
+    loop {
+        let pool = worker.pools.get(tenant);
+        if let Some(params) = pool.welcome(settings) {
+            return Ok(params);
+        }
+        let mut lease = match pool.checkout(settings, application_name, settled.relay.query_wait_timeout).await {
+            Ok(lease) => lease,
+            Err(CheckoutError::Failed(error)) => return Err(error),
+            Err(CheckoutError::Retired)
+                if worker.directory.find(tenant.id.as_str()).is_some_and(|t| t.epoch == tenant.epoch) =>
+            {
+                continue;
+            }
+            Err(CheckoutError::Retired) => {
+                return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, "the tenant is being moved or deleted")
+                    .hint("Connect again."));
+            }
+        };
+        let params = lease.conn().params.clone();
+        let now = tokio::time::Instant::now();
+        lease.release(Residue::None, settled.relay.server_reset_timeout, now);
+        return Ok(params);
+    }
+}

@@ -1,0 +1,355 @@
+//! Shards: registering, setting up, probing, measuring.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::admin::{AdminPool, failed};
+use super::records::{self, ShardRecord};
+use super::{Control, ControlError};
+use crate::config::Config;
+use crate::directory::catalog::create_database;
+use crate::directory::connector::Endpoint;
+use crate::directory::{Shard, Tenant};
+use crate::error::{PgError, sqlstate};
+use crate::tenant::plan::SETUP_VERSION;
+use crate::tenant::sql::Literal;
+use crate::tenant::{TenantId, credential};
+
+/// Tenants made at the same time on one shard by one proxy.
+const ADMIN_CONNECTIONS: usize = 4;
+/// How long a probe may take.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The lock under which a shard is set up; the letters `pgusher` as a number.
+const SETUP_LOCK: i64 = 0x70_67_75_73_68_65_72;
+
+/// What is known about a shard's health.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ShardHealth {
+    /// Whether the last probe was answered.
+    pub healthy: bool,
+    /// How long the last answer took.
+    pub latency_ms: Option<f64>,
+    /// PostgreSQL's version.
+    pub version: Option<String>,
+    /// Connections of everyone.
+    pub connections: Option<i64>,
+    /// Its `max_connections`.
+    pub max_connections: Option<i64>,
+    /// Bytes of the tenants' database.
+    pub size_bytes: Option<i64>,
+    /// Why it is not healthy.
+    pub error: Option<String>,
+}
+
+/// A shard as `GET /shards/status` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ShardStatus {
+    /// Name.
+    pub name: String,
+    /// Host.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Database of new tenants.
+    pub database: String,
+    /// Where it stands.
+    pub region: String,
+    /// Weight on the ring.
+    pub weight: u32,
+    /// Tenants on it.
+    pub tenants: usize,
+    /// This proxy's server connections, all.
+    pub server_connections: usize,
+    /// This proxy's server connections that wait for work.
+    pub idle_server_connections: usize,
+    /// Health as last probed.
+    #[serde(flatten)]
+    pub health: ShardHealth,
+}
+
+/// The answer of a probe as the tenant itself.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Probe {
+    /// Whether the tenant's role could log in and query.
+    pub reachable: bool,
+    /// How long that took.
+    pub latency_ms: Option<f64>,
+    /// Why not.
+    pub error: Option<String>,
+}
+
+impl Control {
+    /// Writes the config's shards into the catalog; only what differs changes anything.
+    pub(super) async fn register_config_shards(&self) -> Result<(), ControlError> {
+        let catalog = self.catalog().await?;
+        for shard in &self.config.shards {
+            let record = ShardRecord {
+                name: shard.name.clone(),
+                host: shard.host.clone(),
+                port: shard.port,
+                database: shard.database.clone(),
+                weight: shard.weight,
+                region: shard.region.clone(),
+                max_db_connections: shard.max_db_connections,
+                tenants: 0,
+            };
+            if record.put(&*catalog).await? {
+                let detail = json!({ "shard": record.name, "host": record.host, "port": record.port });
+                records::event(&*catalog, "config", "shard registered", None, &detail).await?;
+            }
+        }
+        catalog.give_back().await;
+        Ok(())
+    }
+
+    /// Adds a shard, or changes one: sets it up first, so that only a working one takes tenants.
+    ///
+    /// # Errors
+    /// What the shard or the catalog said.
+    pub async fn add_shard(&self, record: &ShardRecord, who: &str) -> Result<(), PgError> {
+        if record.name.is_empty() || record.host.is_empty() || record.port == 0 || record.database.is_empty() {
+            return Err(PgError::error(
+                sqlstate::INVALID_PARAMETER_VALUE,
+                "a shard needs a name, a host, a port and a database",
+            ));
+        }
+        let endpoint = admin_endpoint(&self.config, &record.name, &record.host, record.port, &record.database);
+        self.setup(&record.name, endpoint).await?;
+        let catalog = self.catalog().await?;
+        record.put(&*catalog).await?;
+        let detail = json!({ "shard": record.name, "host": record.host, "port": record.port, "weight": record.weight });
+        records::event(&*catalog, who, "shard added", None, &detail).await?;
+        catalog.give_back().await;
+        self.sync().await;
+        Ok(())
+    }
+
+    /// The shards in the catalog.
+    ///
+    /// # Errors
+    /// The catalog is away.
+    pub async fn list_shards(&self) -> Result<Vec<ShardRecord>, PgError> {
+        let catalog = self.catalog().await?;
+        let shards = ShardRecord::list(&*catalog).await?;
+        catalog.give_back().await;
+        Ok(shards)
+    }
+
+    /// Every shard with its health as last probed.
+    pub fn shards_status(&self) -> Vec<ShardStatus> {
+        self.directory.shards().iter().map(|shard| self.shard_status(shard)).collect()
+    }
+
+    fn shard_status(&self, shard: &Shard) -> ShardStatus {
+        let (open, idle) = self.traffic.shard_servers(&shard.name);
+        ShardStatus {
+            name: shard.name.clone(),
+            host: shard.host.clone(),
+            port: shard.port,
+            database: shard.database.clone(),
+            region: shard.region.clone(),
+            weight: shard.weight,
+            tenants: self.directory.tenants_on(&shard.name),
+            server_connections: open,
+            idle_server_connections: idle,
+            health: self.shard_health(&shard.name),
+        }
+    }
+
+    /// Health of a shard as last probed.
+    pub fn shard_health(&self, shard: &str) -> ShardHealth {
+        self.health.get(shard).map_or_else(|| ShardHealth::unknown("not probed yet"), |health| health.clone())
+    }
+
+    /// Connections as administrator to a database of a shard.
+    pub(super) fn shard_pool(&self, shard: &str, database: &str) -> Result<std::sync::Arc<AdminPool>, PgError> {
+        let Some(known) = self.directory.shard(shard) else {
+            return Err(PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{shard}\"")));
+        };
+        let endpoint = admin_endpoint(&self.config, shard, &known.host, known.port, database);
+        let key = (shard.to_owned(), database.to_owned());
+        let mut entry = self.pools.entry(key).or_insert_with(|| self.admin_pool(shard, endpoint.clone()));
+        if *entry.endpoint() != endpoint {
+            *entry = self.admin_pool(shard, endpoint);
+        }
+        Ok(entry.clone())
+    }
+
+    fn admin_pool(&self, shard: &str, endpoint: Endpoint) -> std::sync::Arc<AdminPool> {
+        let what = format!("shard \"{shard}\"");
+        std::sync::Arc::new(AdminPool::new(self.connector.clone(), endpoint, what, ADMIN_CONNECTIONS))
+    }
+
+    /// Sets the shard up unless this process knows that it is.
+    pub(super) async fn ensure_setup(&self, shard: &str, database: &str) -> Result<(), PgError> {
+        let endpoint = self.shard_pool(shard, database)?.endpoint().clone();
+        self.setup(shard, endpoint).await
+    }
+
+    async fn setup(&self, shard: &str, endpoint: Endpoint) -> Result<(), PgError> {
+        let key = format!("{}:{}/{}", endpoint.host, endpoint.port, endpoint.database);
+        if self.prepared.contains_key(&key) {
+            return Ok(());
+        }
+        let unreachable = |error: crate::directory::connector::ConnectError| {
+            tracing::warn!(shard, at = %endpoint, %error, "cannot connect");
+            PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("shard \"{shard}\" is not reachable"))
+                .detail(error.to_string())
+        };
+        let doing = failed("set up the shard");
+        let plan = self.config.provision.plan;
+        let setup = plan.shard_setup(&endpoint.database);
+        let cluster = self.connector.connect(&endpoint.database("postgres")).await.map_err(unreachable)?;
+        cluster.execute("SELECT pg_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(&doing)?;
+        let version: String =
+            cluster.query_one("SELECT current_setting('server_version_num')", &[]).await.map_err(&doing)?.get(0);
+        let exists = cluster
+            .query_opt("SELECT FROM pg_database WHERE datname = $1", &[&endpoint.database])
+            .await
+            .map_err(&doing)?;
+        if exists.is_none() {
+            create_database(&self.connector, &endpoint, &endpoint.database).await.map_err(unreachable)?;
+        }
+        let database = self.connector.connect(&endpoint).await.map_err(unreachable)?;
+        // The mark says which set-up was done on which version of PostgreSQL: a newer one has new functions.
+        let mark = format!("pgusher shard setup {SETUP_VERSION} on {version}");
+        let sql = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'tenant_shim'";
+        let found: Option<String> =
+            database.query_opt(sql, &[]).await.map_err(&doing)?.and_then(|row| row.get::<_, Option<String>>(0));
+        if found.as_deref() != Some(&mark) {
+            cluster.batch_execute(&setup.cluster).await.map_err(&doing)?;
+            let marked = format!("{};\nCOMMENT ON SCHEMA tenant_shim IS {}", setup.database, Literal(&mark));
+            database.batch_execute(&marked).await.map_err(&doing)?;
+            tracing::info!(shard, at = %endpoint, "set up the shard");
+        }
+        // Closing `cluster` gives the lock back.
+        self.prepared.insert(key, ());
+        Ok(())
+    }
+
+    /// Asks the shard how it is, and notes the answer.
+    pub(super) async fn probe_shard(&self, shard: &Shard) {
+        let health = match tokio::time::timeout(PROBE_TIMEOUT, self.ask_shard(shard)).await {
+            Ok(Ok(health)) => health,
+            Ok(Err(error)) => ShardHealth::unknown(&error.to_string()),
+            Err(_) => ShardHealth::unknown("no answer in time"),
+        };
+        let before = self.health.insert(shard.name.clone(), health.clone());
+        if before.is_none_or(|before| before.healthy != health.healthy) {
+            match &health.error {
+                None => tracing::info!(shard = shard.name, "the shard is healthy"),
+                Some(error) => tracing::warn!(shard = shard.name, error, "the shard is not healthy"),
+            }
+        }
+    }
+
+    async fn ask_shard(&self, shard: &Shard) -> Result<ShardHealth, PgError> {
+        // One connection for the probe alone: it must not wait behind those that make tenants.
+        let client = self.probe_client(shard).await?;
+        let asked = Instant::now();
+        let sql = "SELECT current_setting('server_version'), (SELECT sum(numbackends)::bigint FROM pg_stat_database), \
+                   current_setting('max_connections')::bigint, \
+                   (SELECT pg_database_size(oid) FROM pg_database WHERE datname = $1)";
+        let row = client.query_one(sql, &[&shard.database]).await.map_err(failed("probe the shard"))?;
+        let health = ShardHealth {
+            healthy: true,
+            latency_ms: Some(asked.elapsed().as_secs_f64() * 1000.0),
+            version: row.get(0),
+            connections: row.get(1),
+            max_connections: row.get(2),
+            size_bytes: row.get(3),
+            error: None,
+        };
+        self.probes.insert(shard.name.clone(), client);
+        Ok(health)
+    }
+
+    /// The probe's connection, taken out of its place; an answered probe puts it back.
+    async fn probe_client(&self, shard: &Shard) -> Result<tokio_postgres::Client, PgError> {
+        if let Some((_, client)) = self.probes.remove(&shard.name).filter(|(_, client)| !client.is_closed()) {
+            return Ok(client);
+        }
+        let endpoint = admin_endpoint(&self.config, &shard.name, &shard.host, shard.port, "postgres");
+        self.connector
+            .connect(&endpoint)
+            .await
+            .map_err(|error| PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, error.to_string()))
+    }
+
+    /// Logs in as the tenant, with its own password, and asks for one row.
+    pub(super) async fn probe_tenant(&self, tenant: &Tenant) -> Probe {
+        let role = tenant.plan.role(&tenant.id);
+        let secret = self.config.provision.master_secret.expose();
+        let endpoint = Endpoint {
+            host: tenant.shard.host.clone(),
+            port: tenant.shard.port,
+            database: tenant.shard.database.clone(),
+            password: crate::config::Secret::new(credential::server_password(secret, &role)),
+            user: role,
+        };
+        let began = Instant::now();
+        let asking = async {
+            let client = self.connector.connect(&endpoint).await.map_err(|e| e.to_string())?;
+            client.simple_query("SELECT 1").await.map_err(|e| crate::directory::connector::explain(&e))
+        };
+        match tokio::time::timeout(PROBE_TIMEOUT, asking).await {
+            Ok(Ok(_)) => {
+                Probe { reachable: true, latency_ms: Some(began.elapsed().as_secs_f64() * 1000.0), error: None }
+            }
+            Ok(Err(error)) => Probe { reachable: false, latency_ms: None, error: Some(error) },
+            Err(_) => Probe { reachable: false, latency_ms: None, error: Some("no answer in time".to_owned()) },
+        }
+    }
+
+    /// Measures every tenant's bytes on a shard, from the catalogs alone.
+    pub(super) async fn measure_storage(&self, shard: &Shard) -> Result<(), PgError> {
+        let client = self.shard_pool(&shard.name, &shard.database)?.checkout().await?;
+        let sql = "SELECT n.nspname::text, sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c \
+                   JOIN pg_namespace n ON n.oid = c.relnamespace \
+                   WHERE c.relkind IN ('r', 'm') AND pg_get_userbyid(n.nspowner) = $1 GROUP BY 1";
+        let owner = crate::tenant::plan::OWNER;
+        let rows = client.query(sql, &[&owner]).await.map_err(failed("measure the tenants' storage"))?;
+        client.give_back().await;
+        let measured: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        for (schema, bytes) in measured {
+            if let Ok(id) = TenantId::parse(schema) {
+                self.storage.insert(id, u64::try_from(bytes).unwrap_or(0));
+            }
+        }
+        self.storage.retain(|id, _| self.directory.find(id.as_str()).is_some());
+        Ok(())
+    }
+}
+
+impl ShardHealth {
+    fn unknown(error: &str) -> Self {
+        Self {
+            healthy: false,
+            latency_ms: None,
+            version: None,
+            connections: None,
+            max_connections: None,
+            size_bytes: None,
+            error: Some(error.to_owned()),
+        }
+    }
+}
+
+/// Where and as whom the administrator of a shard logs in. Passwords come from the config, never from the catalog.
+pub(super) fn admin_endpoint(config: &Config, shard: &str, host: &str, port: u16, database: &str) -> Endpoint {
+    let (user, password) = match config.shards.iter().find(|known| known.name == shard) {
+        Some(known) => (&known.admin_user, &known.admin_password),
+        None => (&config.provision.admin_user, &config.provision.admin_password),
+    };
+    Endpoint {
+        host: host.to_owned(),
+        port,
+        database: database.to_owned(),
+        user: user.clone(),
+        password: password.clone(),
+    }
+}

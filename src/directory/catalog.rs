@@ -1,0 +1,438 @@
+//! The control database: made and migrated by pgusher itself, and read into the [`Directory`].
+//!
+//! Writing to it is [`control`](crate::control)'s business. [`follow`](super::follow) decides when to read.
+//!
+//! How no change is lost: every followed row carries the id of the transaction that changed it last. A reader
+//! remembers the server's snapshot from *before* its last read ([`Seen`]) and next time asks for the rows whose
+//! transaction that snapshot does not see. Numbers from a sequence would not do: they are drawn before commit, so a
+//! smaller one may become visible after a greater one has been read.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use futures_util::TryStreamExt as _;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
+
+use super::connector::{ConnectError, Connector, Endpoint, explain};
+use super::{AppUser, Directory, Shard, Tenant};
+use crate::tenant::credential::Verifier;
+use crate::tenant::sql::Ident;
+use crate::tenant::{Plan, Status, TenantId};
+
+/// Channel on which the catalog's triggers notify.
+pub const CHANNEL: &str = "pgusher_changes";
+
+/// Key of the advisory lock under which the catalog is migrated; the letters `pgusher` as a number.
+const MIGRATION_LOCK: i64 = 0x70_67_75_73_68_65_72;
+
+/// Versioned migrations, run in order, each in a transaction of its own.
+const MIGRATIONS: &[(i32, &str, &str)] = &[(1, "catalog", include_str!("migrations/0001_catalog.sql"))];
+
+/// Why the catalog cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// No connection.
+    #[error("cannot connect to the catalog at {0}: {1}")]
+    Connect(Endpoint, #[source] ConnectError),
+    /// A statement failed.
+    #[error("cannot {doing}: {}", explain(.source))]
+    Postgres {
+        /// What was to be done.
+        doing: &'static str,
+        /// What came of it.
+        source: tokio_postgres::Error,
+    },
+    /// A migration failed.
+    #[error("migration {name} of the catalog failed: {}", explain(.source))]
+    Migration {
+        /// Which one.
+        name: &'static str,
+        /// What came of it.
+        source: tokio_postgres::Error,
+    },
+    /// Another pgusher has migrated further.
+    #[error("the catalog has version {found}, this pgusher knows only versions up to {known}")]
+    TooNew {
+        /// Version of the catalog.
+        found: i32,
+        /// The last version known here.
+        known: i32,
+    },
+    /// A read took too long.
+    #[error("the catalog does not answer")]
+    Silent,
+}
+
+/// Makes the database if it is missing and brings its tables to this version. Any number of proxies may do so at once.
+///
+/// # Errors
+/// See [`CatalogError`].
+pub async fn migrate(connector: &Connector, at: &Endpoint) -> Result<(), CatalogError> {
+    let mut client = match connector.connect(at).await {
+        Err(error) if error.code() == Some("3D000") => {
+            create_database(connector, at, &at.database)
+                .await
+                .map_err(|e| CatalogError::Connect(at.database("postgres"), e))?;
+            connector.connect(at).await
+        }
+        other => other,
+    }
+    .map_err(|e| CatalogError::Connect(at.clone(), e))?;
+    let failed = |source| CatalogError::Postgres { doing: "migrate the catalog", source };
+    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK]).await.map_err(failed)?;
+    client
+        .batch_execute(
+            "CREATE SCHEMA IF NOT EXISTS pgusher; CREATE TABLE IF NOT EXISTS pgusher.migrations \
+             (version integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
+        )
+        .await
+        .map_err(failed)?;
+    let row =
+        client.query_one("SELECT coalesce(max(version), 0) FROM pgusher.migrations", &[]).await.map_err(failed)?;
+    let found: i32 = row.get(0);
+    let known = MIGRATIONS.iter().map(|m| m.0).max().unwrap_or(0);
+    if found > known {
+        return Err(CatalogError::TooNew { found, known });
+    }
+    for &(version, name, sql) in MIGRATIONS.iter().filter(|m| m.0 > found) {
+        let failed = |source| CatalogError::Migration { name, source };
+        let transaction = client.transaction().await.map_err(failed)?;
+        transaction.batch_execute(sql).await.map_err(failed)?;
+        transaction
+            .execute("INSERT INTO pgusher.migrations (version, name) VALUES ($1, $2)", &[&version, &name])
+            .await
+            .map_err(failed)?;
+        transaction.commit().await.map_err(failed)?;
+        tracing::info!(version, name, "migrated the catalog");
+    }
+    // Closing the connection gives the lock back.
+    Ok(())
+}
+
+/// Creates a database unless it exists; asks through database `postgres`.
+///
+/// # Errors
+/// What the server says.
+pub async fn create_database(connector: &Connector, at: &Endpoint, name: &str) -> Result<(), ConnectError> {
+    let client = connector.connect(&at.database("postgres")).await?;
+    match client.batch_execute(&format!("CREATE DATABASE {}", Ident(name))).await {
+        // Somebody else was faster: duplicate_database, or unique_violation in pg_database.
+        Err(e) if e.code().is_some_and(|c| ["42P04", "23505"].contains(&c.code())) => Ok(()),
+        other => other.map_err(ConnectError::Postgres),
+    }
+}
+
+/// How far the catalog has been read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Which cluster: transaction ids of another one mean nothing.
+    system: String,
+    /// `pg_current_snapshot()` from before the read.
+    snapshot: String,
+}
+
+impl Seen {
+    async fn now(client: &Client) -> Result<Self, CatalogError> {
+        let sql = "SELECT system_identifier::text, pg_current_snapshot()::text FROM pg_control_system()";
+        let row = client.query_one(sql, &[]).await.map_err(read_failed)?;
+        Ok(Self { system: row.get(0), snapshot: row.get(1) })
+    }
+
+    fn xmax(&self) -> u64 {
+        self.snapshot.split(':').nth(1).and_then(|xmax| xmax.parse().ok()).unwrap_or(0)
+    }
+
+    /// Whether what has been read since `earlier` can be told: not after another cluster took over, nor after time
+    /// was turned back (a backup restored).
+    fn continues(&self, earlier: &Self) -> bool {
+        self.system == earlier.system && self.xmax() >= earlier.xmax()
+    }
+}
+
+fn read_failed(source: tokio_postgres::Error) -> CatalogError {
+    CatalogError::Postgres { doing: "read the catalog", source }
+}
+
+/// What happened to a tenant that was known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It is somewhere else, or came back: sessions must take the new route.
+    Moved,
+    /// No client may use it for now.
+    Suspended,
+    /// It is being deleted or is gone.
+    Gone,
+}
+
+/// Called when sessions of a tenant must end.
+pub type OnChange = Arc<dyn Fn(&TenantId, Change) + Send + Sync>;
+
+/// Reads the catalog into the directory. The only writer of the directory, so that an older state never wins.
+pub struct Reader {
+    directory: Arc<Directory>,
+    on_change: OnChange,
+    /// For shards whose row does not say how many server connections they take.
+    max_db_connections: usize,
+    /// Users from the config file, which the catalog's do not replace.
+    fixed_users: HashSet<String>,
+    /// One `Arc<Shard>` for each shard and database that tenants are recorded in.
+    homes: HashMap<(String, String), Arc<Shard>>,
+    seen: Option<Seen>,
+}
+
+const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier \
+                       FROM pgusher.tenants t LEFT JOIN pgusher.credentials c ON c.tenant = t.id";
+const SHARDS: &str = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections \
+                      FROM pgusher.shards s";
+const USERS: &str = "SELECT u.name, u.verifier, u.tenants, u.auto_provision FROM pgusher.credentials u \
+                     WHERE u.kind = 'user'";
+
+/// The condition "changed in a transaction that snapshot `$1` does not see"; the first half can use the index.
+fn since(alias: &str) -> String {
+    format!(
+        "{alias}.changed_in >= pg_snapshot_xmin($1::text::pg_snapshot) \
+         AND NOT pg_visible_in_snapshot({alias}.changed_in, $1::text::pg_snapshot)"
+    )
+}
+
+impl Reader {
+    /// A reader that has read nothing yet.
+    pub fn new(directory: Arc<Directory>, on_change: OnChange, max_db_connections: usize) -> Self {
+        let fixed_users = directory.user_names().into_iter().collect();
+        Self { directory, on_change, max_db_connections, fixed_users, homes: HashMap::new(), seen: None }
+    }
+
+    /// Reads what is new since the last time; everything, the first time and when that cannot be told.
+    ///
+    /// # Errors
+    /// [`CatalogError`]; the next call then reads again what this one did not finish.
+    pub async fn read(&mut self, client: &Client) -> Result<(), CatalogError> {
+        let now = Seen::now(client).await?;
+        match &self.seen {
+            Some(seen) if now.continues(seen) => {
+                let snapshot = seen.snapshot.clone();
+                self.read_changes(client, &snapshot).await?;
+            }
+            _ => self.read_all(client).await?,
+        }
+        self.seen = Some(now);
+        Ok(())
+    }
+
+    async fn read_all(&mut self, client: &Client) -> Result<(), CatalogError> {
+        let mut shards = HashSet::new();
+        for row in client.query(SHARDS, &[]).await.map_err(read_failed)? {
+            shards.insert(row.get::<_, String>(0));
+            self.apply_shard(&row);
+        }
+        let mut users = self.fixed_users.clone();
+        for row in client.query(USERS, &[]).await.map_err(read_failed)? {
+            users.insert(row.get(0));
+            self.apply_user(&row);
+        }
+        // Only a second full read can find tenants here that the catalog no longer has.
+        let again = !self.directory.is_empty();
+        let mut read = HashSet::new();
+        let sql = format!("{TENANTS} WHERE t.status IN ('active', 'suspended')");
+        let rows = client.query_raw(&sql, std::iter::empty::<&(dyn ToSql + Sync)>()).await.map_err(read_failed)?;
+        let mut rows = std::pin::pin!(rows);
+        while let Some(row) = rows.try_next().await.map_err(read_failed)? {
+            self.apply_tenant(&row);
+            if again {
+                read.insert(row.get::<_, String>(0));
+            }
+        }
+        if again {
+            let mut gone = Vec::new();
+            self.directory.for_each_tenant(|t| {
+                if !read.contains(t.id.as_str()) {
+                    gone.push(t.id.clone());
+                }
+            });
+            gone.iter().for_each(|id| self.forget(id));
+        }
+        self.directory.user_names().iter().filter(|n| !users.contains(*n)).for_each(|n| self.directory.remove_user(n));
+        for shard in self.directory.shards().iter().filter(|shard| !shards.contains(&shard.name)) {
+            self.directory.remove_shard(&shard.name);
+        }
+        Ok(())
+    }
+
+    async fn read_changes(&mut self, client: &Client, snapshot: &str) -> Result<(), CatalogError> {
+        let removed = format!("SELECT r.kind, r.key FROM pgusher.removals r WHERE {}", since("r"));
+        let (shards, users, tenants) = (
+            format!("{SHARDS} WHERE {}", since("s")),
+            format!("{USERS} AND {}", since("u")),
+            format!("{TENANTS} WHERE {}", since("t")),
+        );
+        let snapshot: &[&(dyn ToSql + Sync)] = &[&snapshot];
+        // Removals first: a row that was removed and made again is found below.
+        let (removed, shards, users, tenants) = futures_util::future::try_join4(
+            client.query(&removed, snapshot),
+            client.query(&shards, snapshot),
+            client.query(&users, snapshot),
+            client.query(&tenants, snapshot),
+        )
+        .await
+        .map_err(read_failed)?;
+        for row in &removed {
+            self.apply_removal(row);
+        }
+        for row in &shards {
+            self.apply_shard(row);
+        }
+        for row in &users {
+            self.apply_user(row);
+        }
+        for row in &tenants {
+            self.apply_tenant(row);
+        }
+        Ok(())
+    }
+
+    fn apply_removal(&self, row: &Row) {
+        let (kind, key): (&str, &str) = (row.get(0), row.get(1));
+        match kind {
+            "shards" => self.directory.remove_shard(key),
+            "credentials" if !self.fixed_users.contains(key) => self.directory.remove_user(key),
+            "tenants" => {
+                if let Ok(id) = TenantId::parse(key) {
+                    self.forget(&id);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn apply_shard(&mut self, row: &Row) {
+        let Some(shard) = shard(row, self.max_db_connections) else {
+            tracing::error!(shard = row.get::<_, &str>(0), "the catalog's row of this shard is not valid, ignored");
+            return;
+        };
+        if self.directory.shard(&shard.name).is_some_and(|known| *known == shard) {
+            return;
+        }
+        tracing::info!(shard = shard.name, host = shard.host, port = shard.port, weight = shard.weight, "shard");
+        self.homes.retain(|(name, _), _| *name != shard.name);
+        self.directory.put_shard(shard.clone());
+        let mut moved = Vec::new();
+        self.directory.for_each_tenant(|t| {
+            if t.shard.name == shard.name {
+                moved.push(Arc::clone(t));
+            }
+        });
+        for tenant in moved {
+            let home = self.home(&shard.name, &tenant.shard.database).unwrap_or_else(|| tenant.shard.clone());
+            self.directory.put(Tenant { shard: home, ..(*tenant).clone() });
+        }
+    }
+
+    fn apply_user(&self, row: &Row) {
+        let user = AppUser {
+            name: row.get(0),
+            verifier: row.get::<_, Option<&str>>(1).and_then(|text| Verifier::parse(text).ok()),
+            tenants: row.get(2),
+            auto_provision: row.get(3),
+        };
+        if !self.fixed_users.contains(&user.name) {
+            self.directory.put_user(user);
+        }
+    }
+
+    fn apply_tenant(&mut self, row: &Row) {
+        let id: &str = row.get(0);
+        let Ok(id) = TenantId::parse(id) else {
+            tracing::error!(tenant = id, "the catalog has a tenant whose id is not valid, ignored");
+            return;
+        };
+        let status = Status::parse(row.get(6)).filter(|s| matches!(s, Status::Active | Status::Suspended));
+        let known = self.directory.find(id.as_str());
+        let Some(tenant) = status.and_then(|status| self.tenant(&id, status, row)) else {
+            return self.forget(&id);
+        };
+        let change = match (&known, tenant.status) {
+            (None, _) => None,
+            (Some(known), Status::Suspended) if known.status != Status::Suspended => Some(Change::Suspended),
+            (Some(known), _) if tenant.epoch > known.epoch => Some(Change::Moved),
+            (Some(_), _) => None,
+        };
+        if known.is_none_or(|known| *known != tenant) {
+            self.directory.put(tenant);
+        }
+        if let Some(change) = change {
+            (self.on_change)(&id, change);
+        }
+    }
+
+    fn tenant(&mut self, id: &TenantId, status: Status, row: &Row) -> Option<Tenant> {
+        let plan = Plan::parse(row.get(1));
+        let shard = self.home(row.get(2), row.get(3));
+        let as_planned =
+            |plan: &Plan| plan.schema(id) == row.get::<_, &str>(4) && plan.role(id) == row.get::<_, &str>(5);
+        let (Some(plan), Some(shard)) = (plan.filter(as_planned), shard) else {
+            tracing::error!(tenant = %id, "the catalog gives this tenant a home that this pgusher cannot reach");
+            return None;
+        };
+        let verifier = row.get::<_, Option<&str>>(8).and_then(|text| Verifier::parse(text).ok()).map(Box::new);
+        let epoch = u64::try_from(row.get::<_, i64>(7)).unwrap_or(0);
+        Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier })
+    }
+
+    fn home(&mut self, shard: &str, database: &str) -> Option<Arc<Shard>> {
+        let key = (shard.to_owned(), database.to_owned());
+        if let Some(home) = self.homes.get(&key) {
+            return Some(home.clone());
+        }
+        let shard = self.directory.shard(shard)?;
+        let home = if shard.database == database {
+            shard
+        } else {
+            Arc::new(Shard { database: key.1.clone(), ..(*shard).clone() })
+        };
+        self.homes.insert(key, home.clone());
+        Some(home)
+    }
+
+    fn forget(&self, id: &TenantId) {
+        if self.directory.find(id.as_str()).is_some() {
+            self.directory.remove(id.as_str());
+            (self.on_change)(id, Change::Gone);
+        }
+    }
+}
+
+fn shard(row: &Row, max_db_connections: usize) -> Option<Shard> {
+    let most: Option<i32> = row.get(6);
+    Some(Shard {
+        name: row.get(0),
+        host: row.get(1),
+        port: u16::try_from(row.get::<_, i32>(2)).ok()?,
+        database: row.get(3),
+        weight: u32::try_from(row.get::<_, i32>(4)).ok()?,
+        region: row.get(5),
+        max_db_connections: most.map_or(Some(max_db_connections), |most| usize::try_from(most).ok())?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_cluster_or_an_older_state_is_read_whole() {
+        let seen = |system: &str, snapshot: &str| Seen { system: system.into(), snapshot: snapshot.into() };
+        let before = seen("1", "100:110:100,105");
+        assert!(seen("1", "100:110:100").continues(&before));
+        assert!(seen("1", "200:200:").continues(&before));
+        assert!(!seen("1", "90:99:").continues(&before), "restored from a backup");
+        assert!(!seen("2", "200:200:").continues(&before), "another cluster");
+    }
+
+    #[test]
+    fn migrations_are_numbered_without_gaps() {
+        for (at, migration) in MIGRATIONS.iter().enumerate() {
+            assert_eq!(usize::try_from(migration.0).unwrap(), at + 1);
+        }
+    }
+}

@@ -1,0 +1,468 @@
+//! Opens one server connection: socket, TLS, startup packet, authentication.
+//!
+//! Invariant: a server connection is authenticated as its tenant's role and nobody else, for its whole life. The server
+//! reports `session_authorization` and `is_superuser`, at login and whenever they change; anything but the role and
+//! `off` closes the connection and counts as a violation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use dashmap::DashMap;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
+
+use super::cancel::{Target, UnderWay};
+use super::params::Params;
+use super::scram::{CachedKeys, Scram, ServerProof};
+use super::statements::Prepared;
+use super::tls::ClientTls;
+use super::{Settings, Slot};
+use crate::config::Secret;
+use crate::directory::Shard;
+use crate::error::{PgError, sqlstate};
+use crate::metrics::Metrics;
+use crate::stream::{Socket, Stream};
+use crate::tenant::credential::{nonce, server_password};
+use crate::wire::Version;
+use crate::wire::frame::{self, HEADER};
+use crate::wire::message::{self, Authentication, ErrorFields};
+
+/// A connection to a server, logged in as a tenant's role.
+pub struct ServerConnection {
+    /// The socket.
+    pub stream: Stream,
+    /// The startup settings it was opened with.
+    pub settings: Arc<Settings>,
+    /// What the server reported last.
+    pub params: Arc<Params>,
+    /// Prepared statements it has.
+    pub prepared: Prepared,
+    /// Cancels under way for it.
+    pub cancels: Arc<UnderWay>,
+    /// Not given out again after this.
+    pub expires: Instant,
+    /// When it became idle last.
+    pub last_used: Instant,
+    pub(super) slot: Slot,
+    target: Arc<Target>,
+    role: Arc<str>,
+}
+
+/// How to reach one shard.
+pub struct Dialer {
+    shard: Arc<Shard>,
+    tls: Arc<ClientTls>,
+}
+
+/// Opens server connections.
+pub struct Connector {
+    /// Longest time from dialling to the end of the login.
+    pub server_connect_timeout: Duration,
+    /// Longest life of a connection.
+    pub server_lifetime: Duration,
+    tls: Arc<ClientTls>,
+    master_secret: Secret,
+    /// Keys of the last login, by shard and role, so that a login costs no PBKDF2.
+    keys: DashMap<(String, Arc<str>), CachedKeys>,
+    dialers: DashMap<String, Arc<Dialer>>,
+    metrics: Arc<Metrics>,
+}
+
+/// Why a conversation with a server failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The socket.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// The server's own words.
+    #[error("{0}")]
+    Server(PgError),
+    /// Something that does not follow the protocol.
+    #[error("the server broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// The proof of the password.
+    #[error("{0}")]
+    Scram(#[from] super::scram::ScramError),
+    /// The server says that we are somebody else.
+    #[error("the server reports {name} = {value:?}, which must never happen")]
+    Identity {
+        /// Parameter.
+        name: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+/// Logins whose keys are kept (about 200 bytes each); beyond that all are forgotten, which costs a millisecond each.
+const MAX_CACHED_KEYS: usize = 50_000;
+
+/// Longest message that a server sends while we log in or reset (bytes).
+const MAX_CONTROL_MESSAGE: usize = 1 << 20;
+
+impl Connector {
+    /// A connector for all shards.
+    pub fn new(
+        tls: Arc<ClientTls>,
+        master_secret: Secret,
+        server_connect_timeout: Duration,
+        server_lifetime: Duration,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let (keys, dialers) = (DashMap::new(), DashMap::new());
+        Self { server_connect_timeout, server_lifetime, tls, master_secret, keys, dialers, metrics }
+    }
+
+    fn dialer(&self, shard: &Arc<Shard>) -> Arc<Dialer> {
+        if let Some(dialer) = self.dialers.get(&shard.name) {
+            if dialer.shard == *shard {
+                return dialer.clone();
+            }
+        }
+        let dialer = Arc::new(Dialer { shard: shard.clone(), tls: self.tls.clone() });
+        self.dialers.insert(shard.name.clone(), dialer.clone());
+        dialer
+    }
+
+    /// Opens a connection for the tenant of the slot's pool and logs in.
+    ///
+    /// # Errors
+    /// What the client is told: the server's own words if there are any.
+    pub async fn connect(
+        self: Arc<Self>,
+        slot: Slot,
+        settings: Arc<Settings>,
+        application_name: Arc<str>,
+    ) -> Result<ServerConnection, PgError> {
+        let tenant = slot.pool().tenant().clone();
+        let work = self.login(slot, settings, application_name);
+        let result = if self.server_connect_timeout.is_zero() {
+            work.await
+        } else {
+            match tokio::time::timeout(self.server_connect_timeout, work).await {
+                Ok(result) => result,
+                Err(_) => {
+                    return Err(unreachable(&tenant.shard).detail(format!(
+                        "No login within server_connect_timeout = {:?}.",
+                        self.server_connect_timeout
+                    )));
+                }
+            }
+        };
+        result.map_err(|error| match error {
+            ServerError::Server(error) => error,
+            ServerError::Io(error) => unreachable(&tenant.shard).detail(format!("The connection failed: {error}.")),
+            error @ ServerError::Identity { .. } => {
+                self.metrics.count_violation("identity", "closed", tenant.id.as_str());
+                tracing::error!(tenant = %tenant.id, shard = tenant.shard.name, %error, "server connection closed");
+                PgError::fatal(sqlstate::INTERNAL, "the server logged in as somebody else")
+            }
+            error @ (ServerError::Protocol(_) | ServerError::Scram(_)) => {
+                tracing::warn!(tenant = %tenant.id, shard = tenant.shard.name, %error, "login to server failed");
+                unreachable(&tenant.shard).detail(format!("{error}."))
+            }
+        })
+    }
+
+    async fn login(
+        &self,
+        slot: Slot,
+        settings: Arc<Settings>,
+        application_name: Arc<str>,
+    ) -> Result<ServerConnection, ServerError> {
+        let tenant = slot.pool().tenant().clone();
+        let role: Arc<str> = tenant.role().into();
+        let dialer = self.dialer(&tenant.shard);
+        let mut stream = dialer.dial().await?;
+        let mut out = BytesMut::with_capacity(256);
+        let ours = tenant.startup_settings();
+        let identity = [("user", &*role), ("database", tenant.database())];
+        let names = settings.iter().chain(&ours).map(|(name, value)| (name.as_str(), value.as_str()));
+        let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
+        message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
+        stream.send_all(&out).await?;
+        let mut login = Login { stream, buf: Vec::new(), read: 0 };
+        let password = server_password(self.master_secret.expose(), &role);
+        let known = (tenant.shard.name.clone(), role.clone());
+        let cached = self.keys.get(&known).map(|keys| keys.clone());
+        if let Some(keys) = login.authenticate(&role, &password, cached).await? {
+            if self.keys.len() >= MAX_CACHED_KEYS {
+                self.keys.clear();
+            }
+            self.keys.insert(known, keys);
+        }
+        let (params, pid, secret) = login.finish(&role).await?;
+        let cancels = Arc::new(UnderWay::default());
+        let target = Target { dialer, pid, secret: secret.into(), under_way: cancels.clone() };
+        let now = Instant::now();
+        let lifetime =
+            if self.server_lifetime.is_zero() { Duration::from_secs(10 * 365 * 86_400) } else { self.server_lifetime };
+        Ok(ServerConnection {
+            stream: login.stream,
+            settings,
+            params: Arc::new(params),
+            prepared: Prepared::default(),
+            cancels,
+            expires: now + lifetime,
+            last_used: now,
+            slot,
+            target: Arc::new(target),
+            role,
+        })
+    }
+}
+
+fn unreachable(shard: &Shard) -> PgError {
+    PgError::fatal(sqlstate::CANNOT_CONNECT, format!("cannot connect to shard \"{}\"", shard.name))
+        .hint("The database server is down or unreachable; try again when it is back.")
+}
+
+impl Dialer {
+    /// Connects, with TLS as `server_tls_sslmode` wants it.
+    ///
+    /// # Errors
+    /// Those of the socket and of TLS.
+    pub async fn dial(&self) -> Result<Stream, ServerError> {
+        let (host, port) = (self.shard.host.as_str(), self.shard.port);
+        if host.starts_with('/') {
+            let socket = UnixStream::connect(format!("{host}/.s.PGSQL.{port}")).await?;
+            return Ok(Stream::Plain(Socket::Unix(socket)));
+        }
+        let plain = || async {
+            let socket = TcpStream::connect((host, port)).await?;
+            socket.set_nodelay(true)?;
+            Ok::<_, ServerError>(Stream::Plain(Socket::Tcp(socket)))
+        };
+        let mut stream = plain().await?;
+        let tls = self.tls.current();
+        if !tls.asks() {
+            return Ok(stream);
+        }
+        let mut request = BytesMut::new();
+        message::ssl_request(&mut request);
+        stream.send_all(&request).await?;
+        let mut answer = Vec::new();
+        // One byte and no more: what follows it belongs to TLS.
+        if stream.read_some(&mut answer, 1).await? == 0 {
+            return Err(ServerError::Protocol("connection closed after SSLRequest"));
+        }
+        match answer[0] {
+            b'S' => {
+                let name = super::tls::server_name(host)
+                    .map_err(|_| ServerError::Protocol("the host is not a name that TLS knows"))?;
+                Ok(stream.connect_tls(tls.config.clone(), name).await?)
+            }
+            b'N' if tls.requires() => {
+                Err(ServerError::Protocol("the server does not support TLS, but server_tls_sslmode requires it"))
+            }
+            b'N' => Ok(stream),
+            _ => Err(ServerError::Protocol("unexpected answer to SSLRequest")),
+        }
+    }
+}
+
+const OUT_OF_ORDER: ServerError = ServerError::Protocol("authentication messages out of order");
+
+/// A server connection that is still logging in.
+struct Login {
+    stream: Stream,
+    buf: Vec<u8>,
+    /// Bytes of `buf` already looked at.
+    read: usize,
+}
+
+impl Login {
+    /// The next message: tag and body.
+    async fn next(&mut self) -> Result<(u8, Vec<u8>), ServerError> {
+        next_message(&mut self.stream, &mut self.buf, &mut self.read).await
+    }
+
+    /// Proves that we know the role's password. Returns the keys with which the next proof is cheaper.
+    async fn authenticate(
+        &mut self,
+        role: &str,
+        password: &str,
+        mut cached: Option<CachedKeys>,
+    ) -> Result<Option<CachedKeys>, ServerError> {
+        let mut scram: Option<Scram> = None;
+        let mut proof: Option<ServerProof> = None;
+        let mut learnt = None;
+        loop {
+            let (tag, body) = self.next().await?;
+            match tag {
+                b'R' => {}
+                b'v' | b'N' => continue,
+                _ => return Err(ServerError::Protocol("unexpected message during authentication")),
+            }
+            let request =
+                Authentication::read(&body).map_err(|_| ServerError::Protocol("malformed authentication request"))?;
+            let mut out = BytesMut::new();
+            match request {
+                Authentication::Ok if scram.is_some() || proof.is_some() => return Err(OUT_OF_ORDER),
+                Authentication::Ok => return Ok(learnt),
+                Authentication::CleartextPassword if self.stream.is_tls() => message::password(&mut out, password),
+                Authentication::CleartextPassword => {
+                    return Err(ServerError::Protocol("it asks for a password in clear text without TLS"));
+                }
+                Authentication::Md5Password(salt) => {
+                    message::password(&mut out, &super::scram::md5_password(role, password, salt));
+                }
+                Authentication::Sasl(mechanisms) => {
+                    let end_point = self.stream.server_end_point();
+                    let exchange = Scram::new(&mechanisms, password, cached.take(), end_point.as_deref(), nonce())?;
+                    let (mechanism, first) = exchange.initial();
+                    message::sasl_initial_response(&mut out, mechanism, &first);
+                    scram = Some(exchange);
+                }
+                Authentication::SaslContinue(data) => {
+                    let (last, expected) = scram.take().ok_or(OUT_OF_ORDER)?.respond(data)?;
+                    message::sasl_response(&mut out, &last);
+                    proof = Some(expected);
+                }
+                Authentication::SaslFinal(data) => {
+                    learnt = Some(proof.take().ok_or(OUT_OF_ORDER)?.verify(data)?);
+                    continue;
+                }
+                Authentication::Other(_) => {
+                    return Err(ServerError::Protocol("it asks for a kind of authentication that is not supported"));
+                }
+            }
+            self.stream.send_all(&out).await?;
+        }
+    }
+
+    /// Reads up to the first ReadyForQuery: parameters and cancel key.
+    async fn finish(&mut self, role: &str) -> Result<(Params, u32, Vec<u8>), ServerError> {
+        let mut params = Params::default();
+        let (mut pid, mut secret) = (0, Vec::new());
+        loop {
+            let (tag, body) = self.next().await?;
+            match tag {
+                b'S' => {
+                    let (name, value) = parameter(&body)?;
+                    check_identity(role, name, value)?;
+                    params.set(name, value);
+                }
+                b'K' => {
+                    let (id, key) = message::read_backend_key_data(&body)
+                        .map_err(|_| ServerError::Protocol("malformed BackendKeyData"))?;
+                    (pid, secret) = (id.cast_unsigned(), key.to_vec());
+                }
+                b'N' => {}
+                b'Z' => break,
+                _ => return Err(ServerError::Protocol("unexpected message after authentication")),
+            }
+        }
+        if self.read < self.buf.len() {
+            return Err(ServerError::Protocol("bytes after the first ReadyForQuery"));
+        }
+        // Both are reported by every server since 7.4; without them there is no check.
+        for name in ["session_authorization", "is_superuser"] {
+            if params.get(name).is_none() {
+                return Err(ServerError::Protocol("it does not report session_authorization and is_superuser"));
+            }
+        }
+        Ok((params, pid, secret))
+    }
+}
+
+async fn next_message(stream: &mut Stream, buf: &mut Vec<u8>, read: &mut usize) -> Result<(u8, Vec<u8>), ServerError> {
+    loop {
+        let rest = &buf[*read..];
+        let header = frame::header(rest).map_err(|_| ServerError::Protocol("invalid message length"))?;
+        if let Some(header) = header {
+            if header.total > MAX_CONTROL_MESSAGE {
+                return Err(ServerError::Protocol("message too long"));
+            }
+            if rest.len() >= header.total {
+                let body = rest[HEADER..header.total].to_vec();
+                *read += header.total;
+                if *read == buf.len() {
+                    buf.clear();
+                    *read = 0;
+                }
+                if header.tag == b'E' {
+                    return Err(ServerError::Server(server_error(&body)));
+                }
+                return Ok((header.tag, body));
+            }
+        }
+        if stream.read_some(buf, 4096).await? == 0 {
+            return Err(ServerError::Io(std::io::ErrorKind::UnexpectedEof.into()));
+        }
+    }
+}
+
+/// The server's error in our own terms, all fields that a client reads kept.
+pub fn server_error(body: &[u8]) -> PgError {
+    let Ok(fields) = ErrorFields::read(body) else {
+        return PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "the server sent a malformed error");
+    };
+    fields.into()
+}
+
+fn parameter(body: &[u8]) -> Result<(&str, &str), ServerError> {
+    let (name, value) =
+        message::read_parameter_status(body).map_err(|_| ServerError::Protocol("malformed ParameterStatus"))?;
+    // Only application_name can hold bytes that are not UTF-8, and PostgreSQL replaces those.
+    Ok((name, std::str::from_utf8(value).unwrap_or("?")))
+}
+
+/// The free check of every server connection: it is the tenant's role, and no superuser.
+fn check_identity(role: &str, name: &str, value: &str) -> Result<(), ServerError> {
+    let wrong = |name| Err(ServerError::Identity { name, value: value.to_owned() });
+    match name {
+        "session_authorization" if value != role => wrong("session_authorization"),
+        "is_superuser" if value != "off" => wrong("is_superuser"),
+        _ => Ok(()),
+    }
+}
+
+impl ServerConnection {
+    /// What a cancel of the running query needs.
+    pub fn cancel_target(&self) -> Arc<Target> {
+        self.target.clone()
+    }
+
+    /// Notes a ParameterStatus, given its body.
+    ///
+    /// # Errors
+    /// [`ServerError::Identity`]: the connection must be closed at once.
+    pub fn note_parameter(&mut self, body: &[u8]) -> Result<(), ServerError> {
+        let (name, value) = parameter(body)?;
+        check_identity(&self.role, name, value)?;
+        self.params = self.params.with(name, value);
+        Ok(())
+    }
+
+    /// Whether the server has said nothing since it became idle. One that has is shutting down, or in doubt.
+    pub fn is_quiet(&mut self) -> bool {
+        self.stream.is_quiet()
+    }
+
+    /// Runs statements of ours, each as a simple Query, outside a transaction. Not cancel safe: a connection on which
+    /// this did not return `Ok` must be closed.
+    ///
+    /// # Errors
+    /// Those of the socket; the server's, if a statement fails; a protocol that is out of step.
+    pub async fn simple_queries(&mut self, statements: &[&str]) -> Result<(), ServerError> {
+        let mut out = BytesMut::with_capacity(64);
+        for sql in statements {
+            message::query(&mut out, sql);
+        }
+        self.prepared.unnamed = None;
+        self.stream.send_all(&out).await?;
+        let (mut buf, mut read) = (Vec::new(), 0);
+        let mut ready = 0;
+        while ready < statements.len() {
+            let (tag, body) = next_message(&mut self.stream, &mut buf, &mut read).await?;
+            match tag {
+                b'S' => self.note_parameter(&body)?,
+                b'Z' if body == b"I" => ready += 1,
+                b'Z' => return Err(ServerError::Protocol("in a transaction where none was begun")),
+                _ => {}
+            }
+        }
+        if read < buf.len() { Err(ServerError::Protocol("bytes after the last ReadyForQuery")) } else { Ok(()) }
+    }
+}

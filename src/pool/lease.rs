@@ -1,0 +1,94 @@
+//! A server connection while one client holds it.
+//!
+//! Invariants: dropping a lease closes the connection; [`Lease::release`] is the only way back to the pool. A
+//! connection is held back while a cancel for it is under way, and while it is being reset.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::cancel;
+use super::connect::ServerConnection;
+
+/// A server connection, lent.
+pub struct Lease {
+    conn: Box<ServerConnection>,
+}
+
+/// What the client left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residue {
+    /// Nothing that the next client of the tenant could notice.
+    None,
+    /// Possibly settings, temporary tables, locks, cursors, …
+    Session,
+}
+
+/// What a reset consists of. Two messages: `DISCARD ALL` must be alone, and `RESET ALL` before it disarms a
+/// `statement_timeout` or `default_transaction_…` with which a client could make it fail or hang.
+const RESET: [&str; 2] = ["RESET ALL", "DISCARD ALL"];
+
+impl Lease {
+    pub(super) fn new(conn: Box<ServerConnection>) -> Self {
+        Self { conn }
+    }
+
+    /// The connection.
+    pub fn conn(&mut self) -> &mut ServerConnection {
+        &mut self.conn
+    }
+
+    /// Gives the connection back. The caller vouches that it is idle: the last ReadyForQuery said `I` and no reply is
+    /// outstanding. What takes time (a reset, a cancel under way) happens off the caller's path.
+    pub fn release(self, residue: Residue, reset_timeout: Duration, now: Instant) {
+        let Self { conn } = self;
+        let pool = conn.slot.pool().clone();
+        if residue == Residue::None && !conn.cancels.under_way() {
+            pool.checkin(conn, now);
+        } else {
+            tokio::spawn(async move {
+                if let Some(conn) = make_clean(conn, residue, reset_timeout).await {
+                    pool.checkin(conn, Instant::now());
+                }
+            });
+        }
+    }
+
+    /// Closes the connection, and stops what it may still be running.
+    pub fn abandon(self) {
+        let target = self.conn.cancel_target();
+        drop(self);
+        tokio::spawn(cancel::send(target));
+    }
+}
+
+/// The connection, clean; `None` if there is any doubt, and then it is closed.
+async fn make_clean(
+    mut conn: Box<ServerConnection>,
+    residue: Residue,
+    reset_timeout: Duration,
+) -> Option<Box<ServerConnection>> {
+    let work = async {
+        conn.cancels.settled().await;
+        match residue {
+            Residue::None => Ok(()),
+            Residue::Session => conn.simple_queries(&RESET).await,
+        }
+    };
+    match tokio::time::timeout(reset_timeout, work).await {
+        Ok(Ok(())) => {
+            if residue == Residue::Session {
+                conn.prepared.clear();
+            }
+            Some(conn)
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(tenant = %conn.slot.pool().tenant().id, %error, "server connection closed: reset failed");
+            None
+        }
+        Err(_) => {
+            tracing::debug!(tenant = %conn.slot.pool().tenant().id, "server connection closed: reset took too long");
+            None
+        }
+    }
+}

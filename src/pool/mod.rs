@@ -1,0 +1,550 @@
+//! Server connections: one pool per tenant, one budget per shard.
+//!
+//! Invariants: a server connection belongs to one tenant for its whole life (a pool never changes its tenant and a
+//! connection never changes its pool); dropping a [`Lease`] closes the connection, only [`Lease::release`] gives it
+//! back.
+//!
+//! A tenant's clients are served by one worker thread, and so are its server connections. The locks below are
+//! therefore hardly ever contended; they are what makes the rare crossings (eviction, control plane) simple.
+
+pub mod cancel;
+pub mod connect;
+pub mod lease;
+pub mod params;
+pub mod scram;
+pub mod shard;
+pub mod statements;
+pub mod tls;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::directory::Tenant;
+use crate::error::{PgError, sqlstate};
+use crate::metrics::Metrics;
+use crate::tenant::TenantId;
+use connect::{Connector, ServerConnection};
+pub use lease::Lease;
+use params::Params;
+use shard::{Budget, Ticket};
+use statements::Registry;
+
+/// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
+pub type Settings = Vec<(String, String)>;
+
+/// How many connections, and for how long. See `[pool]` in the configuration.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Most server connections of a tenant.
+    pub default_pool_size: usize,
+    /// An idle connection is closed after this.
+    pub server_idle_timeout: Duration,
+}
+
+/// All pools of this proxy.
+pub struct Pools {
+    pools: DashMap<TenantId, Arc<Pool>>,
+    budgets: DashMap<String, Arc<Budget>>,
+    connector: Arc<Connector>,
+    limits: arc_swap::ArcSwap<Limits>,
+    metrics: Arc<Metrics>,
+    statement_ids: Arc<AtomicU64>,
+}
+
+/// The server connections of one tenant at one home.
+pub struct Pool {
+    tenant: Arc<Tenant>,
+    budget: Arc<Budget>,
+    connector: Arc<Connector>,
+    limits: Arc<Limits>,
+    /// Where its connections live.
+    worker: Handle,
+    /// Prepared statements of the tenant's clients, shared.
+    pub statements: Registry,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Most recently used last.
+    idle: Vec<Box<ServerConnection>>,
+    /// Idle, leased, being opened or being reset.
+    open: usize,
+    connecting: usize,
+    waiters: VecDeque<Waiter>,
+    /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
+    retired: bool,
+    /// What a server reported at login, by startup settings.
+    welcome: Vec<(Arc<Settings>, Arc<Params>)>,
+}
+
+struct Waiter {
+    settings: Arc<Settings>,
+    application_name: Arc<str>,
+    since: Instant,
+    ticket: Ticket,
+    reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
+}
+
+/// Why there is no server connection.
+#[derive(Debug, Clone)]
+pub enum CheckoutError {
+    /// The pool is no longer the tenant's: route again.
+    Retired,
+    /// What the client is told.
+    Failed(PgError),
+}
+
+impl Pools {
+    /// No pools yet.
+    pub fn new(connector: Arc<Connector>, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        let limits = arc_swap::ArcSwap::from_pointee(limits);
+        Self {
+            pools: DashMap::new(),
+            budgets: DashMap::new(),
+            connector,
+            limits,
+            metrics,
+            statement_ids: Arc::default(),
+        }
+    }
+
+    /// The tenant's pool; made on first use, and anew when the tenant's epoch has grown.
+    ///
+    /// Its connections live in the runtime that calls this first.
+    pub fn get(&self, tenant: &Arc<Tenant>) -> Arc<Pool> {
+        if let Some(pool) = self.pools.get(&tenant.id) {
+            if pool.tenant.epoch == tenant.epoch && !pool.state.lock().retired {
+                return pool.clone();
+            }
+        }
+        let pool = Arc::new(Pool {
+            tenant: tenant.clone(),
+            budget: self.budget(&tenant.shard.name, tenant.shard.max_db_connections),
+            connector: self.connector.clone(),
+            limits: self.limits.load_full(),
+            worker: Handle::current(),
+            statements: Registry::new(self.statement_ids.clone()),
+            state: Mutex::default(),
+        });
+        let mut entry = self.pools.entry(tenant.id.clone()).or_insert_with(|| pool.clone());
+        if !Arc::ptr_eq(&entry, &pool) {
+            if entry.tenant.epoch >= tenant.epoch && !entry.state.lock().retired {
+                return entry.clone();
+            }
+            entry.retire();
+            *entry = pool.clone();
+        }
+        drop(entry);
+        pool.budget.join(&pool);
+        pool
+    }
+
+    fn budget(&self, shard: &str, limit: usize) -> Arc<Budget> {
+        if let Some(budget) = self.budgets.get(shard) {
+            budget.set_limit(limit);
+            return budget.clone();
+        }
+        let new = || Arc::new(Budget::new(limit, self.metrics.shard(shard)));
+        self.budgets.entry(shard.to_owned()).or_insert_with(new).clone()
+    }
+
+    /// Closes a tenant's idle connections, and the others as they come back.
+    pub fn close_tenant(&self, id: &str) {
+        if let Some((_, pool)) = self.pools.remove(id) {
+            pool.retire();
+        }
+    }
+
+    /// New limits; pools made from now on have them.
+    pub fn set_limits(&self, limits: Limits) {
+        self.limits.store(Arc::new(limits));
+    }
+
+    /// Open and idle connections of a tenant.
+    pub fn tenant_connections(&self, id: &str) -> (usize, usize) {
+        self.pools.get(id).map_or((0, 0), |pool| pool.connections())
+    }
+
+    /// Open and idle connections of a shard.
+    pub fn shard_connections(&self, shard: &str) -> (usize, usize) {
+        let Some(budget) = self.budgets.get(shard).map(|b| b.clone()) else { return (0, 0) };
+        (budget.open(), budget.pools().iter().map(|pool| pool.connections().1).sum())
+    }
+
+    /// Every pool that is there, with its tenant.
+    pub fn live(&self) -> Vec<Arc<Pool>> {
+        self.pools.iter().map(|entry| entry.value().clone()).collect()
+    }
+
+    /// Closes what has been idle or alive for too long and forgets empty pools. Called about once a second; looks at
+    /// pools that exist, which are bounded by connections, not by tenants.
+    pub fn sweep(&self, now: Instant) {
+        let limits = self.limits.load();
+        for pool in self.live() {
+            pool.close_expired(now, limits.server_idle_timeout);
+            let removed =
+                self.pools.remove_if(&pool.tenant.id, |_, held| Arc::ptr_eq(held, &pool) && pool.retire_if_empty());
+            if removed.is_some() {
+                pool.budget.leave(&pool);
+            }
+        }
+    }
+
+    /// Closes every idle connection, for a shutdown.
+    pub fn close_all(&self) {
+        for pool in self.live() {
+            pool.retire();
+        }
+    }
+}
+
+impl Pool {
+    /// Whose connections these are.
+    pub fn tenant(&self) -> &Arc<Tenant> {
+        &self.tenant
+    }
+
+    /// Whether the pool has ended, and the tenant must be looked up again.
+    pub fn is_retired(&self) -> bool {
+        self.state.lock().retired
+    }
+
+    /// Open and idle connections.
+    pub fn connections(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.open, state.idle.len())
+    }
+
+    /// Clients that wait for a connection.
+    pub fn waiting(&self) -> usize {
+        self.state.lock().waiters.len()
+    }
+
+    /// What a server reports right after a login with these settings, if one has been seen.
+    pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
+        let state = self.state.lock();
+        state.welcome.iter().find(|(have, _)| have == settings).map(|(_, params)| params.clone())
+    }
+
+    /// A connection that is idle now; `None` if there is none or others wait.
+    #[inline]
+    pub fn try_checkout(self: &Arc<Self>, settings: &Arc<Settings>) -> Option<Lease> {
+        loop {
+            let mut conn = self.state.lock().take_idle(settings)?;
+            // A connection that has anything to say while idle is going away, or in doubt: it is closed.
+            if conn.is_quiet() {
+                return Some(Lease::new(conn));
+            }
+        }
+    }
+
+    /// A connection, after waiting in line if need be. Cancel safe: a connection that arrives too late goes back.
+    ///
+    /// # Errors
+    /// [`CheckoutError::Retired`] when the tenant's home has changed; otherwise what the client is told: the wait was
+    /// too long, or the server refused.
+    pub async fn checkout(
+        self: &Arc<Self>,
+        settings: &Arc<Settings>,
+        application_name: &Arc<str>,
+        query_wait_timeout: Duration,
+    ) -> Result<Lease, CheckoutError> {
+        loop {
+            if let Some(lease) = self.try_checkout(settings) {
+                return Ok(lease);
+            }
+            let (reply, answer) = oneshot::channel();
+            let alive = Arc::new(());
+            let waiter = Waiter {
+                settings: settings.clone(),
+                application_name: application_name.clone(),
+                since: Instant::now(),
+                ticket: Arc::downgrade(&alive),
+                reply,
+            };
+            {
+                let mut state = self.state.lock();
+                if state.retired {
+                    return Err(CheckoutError::Retired);
+                }
+                // One may have come back since the look above.
+                if state.has_idle(settings) {
+                    continue;
+                }
+                state.waiters.push_back(waiter);
+            }
+            self.serve();
+            let answer = if query_wait_timeout.is_zero() {
+                answer.await
+            } else {
+                match tokio::time::timeout(query_wait_timeout, answer).await {
+                    Ok(answer) => answer,
+                    Err(_) => return Err(CheckoutError::Failed(self.waited_too_long(query_wait_timeout))),
+                }
+            };
+            let mut conn = answer.unwrap_or(Err(CheckoutError::Retired))?;
+            if conn.is_quiet() {
+                return Ok(Lease::new(conn));
+            }
+        }
+    }
+
+    fn waited_too_long(&self, waited: Duration) -> PgError {
+        let (open, _) = self.connections();
+        let shard = self.budget.open();
+        PgError::fatal(sqlstate::TOO_MANY_CONNECTIONS, "query_wait_timeout: no server connection became free")
+            .detail(format!(
+                "Waited {waited:?}; tenant \"{}\" has {open} server connections, its shard has {shard}.",
+                self.tenant.id
+            ))
+            .hint("Shorten transactions, or raise default_pool_size, max_db_connections or query_wait_timeout.")
+    }
+
+    /// Takes a connection back that is clean and idle.
+    pub(super) fn checkin(self: &Arc<Self>, mut conn: Box<ServerConnection>, now: Instant) {
+        conn.last_used = now;
+        let to_close = {
+            let mut state = self.state.lock();
+            let oldest = state.waiters.front().map(|waiter| waiter.since);
+            let elsewhere =
+                self.budget.contended() && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
+            if state.retired || conn.expires <= now || elsewhere {
+                Some(conn)
+            } else {
+                let conn = state.hand_over(conn);
+                // A waiter with other settings cannot use it and would otherwise wait for ever for this slot.
+                let starved = !state.waiters.is_empty() && state.open >= self.limits.default_pool_size;
+                match conn {
+                    Some(conn) if starved => Some(conn),
+                    Some(conn) => {
+                        state.idle.push(conn);
+                        None
+                    }
+                    None => None,
+                }
+            }
+        };
+        // Outside the lock: its slot goes to the next in line.
+        drop(to_close);
+    }
+
+    /// Opens connections for those who wait, as far as pool size and budget allow.
+    fn serve(self: &Arc<Self>) {
+        loop {
+            let (since, ticket) = {
+                let mut state = self.state.lock();
+                state.waiters.retain(|waiter| !waiter.reply.is_closed());
+                let unmet = state.waiters.len() > state.connecting;
+                if state.retired || !unmet || state.open >= self.limits.default_pool_size {
+                    // Idle connections with other settings are in the way of those who wait.
+                    let stale = if unmet && !state.retired && !state.idle.is_empty() {
+                        Some(state.idle.remove(0))
+                    } else {
+                        None
+                    };
+                    drop(state);
+                    if stale.is_none() {
+                        return;
+                    }
+                    continue;
+                }
+                let waiter = &state.waiters[state.connecting];
+                (waiter.since, waiter.ticket.clone())
+            };
+            if self.budget.try_reserve() {
+                if !self.open_with_slot() {
+                    self.budget.release();
+                    return;
+                }
+            } else if !self.budget.evict_for(self) {
+                self.budget.enqueue(since, self, ticket);
+                // A slot may have become free between the two steps.
+                self.budget.grant();
+                return;
+            }
+        }
+    }
+
+    /// Opens a connection into a slot of the budget that the caller has taken; `false` if nobody needs it.
+    pub(super) fn open_with_slot(self: &Arc<Self>) -> bool {
+        let (settings, application_name) = {
+            let mut state = self.state.lock();
+            if state.retired || state.open >= self.limits.default_pool_size || state.waiters.len() <= state.connecting {
+                return false;
+            }
+            let waiter = &state.waiters[state.connecting];
+            let wanted = (waiter.settings.clone(), waiter.application_name.clone());
+            state.open += 1;
+            state.connecting += 1;
+            wanted
+        };
+        let slot = Slot { pool: self.clone() };
+        self.worker.spawn(open(slot, settings, application_name));
+        true
+    }
+
+    fn opened(self: &Arc<Self>, result: Result<Box<ServerConnection>, PgError>) {
+        self.state.lock().connecting -= 1;
+        match result {
+            Ok(conn) => {
+                let mut state = self.state.lock();
+                if !state.welcome.iter().any(|(have, _)| *have == conn.settings) {
+                    state.welcome.push((conn.settings.clone(), conn.params.clone()));
+                }
+                drop(state);
+                self.checkin(conn, Instant::now());
+                self.serve();
+            }
+            Err(error) => self.login_failed(error),
+        }
+    }
+
+    /// Tells the first in line, unless others of this tenant have connections that will come back: then it waits on.
+    fn login_failed(self: &Arc<Self>, error: PgError) {
+        let waiter = {
+            let mut state = self.state.lock();
+            let busy = state.open > state.connecting + state.idle.len();
+            if busy && error.code == sqlstate::TOO_MANY_CONNECTIONS { None } else { state.waiters.pop_front() }
+        };
+        if let Some(waiter) = waiter {
+            let _ = waiter.reply.send(Err(CheckoutError::Failed(error)));
+            self.serve();
+        }
+    }
+
+    /// Ends the pool: idle connections close now, others when they come back; those who wait route again.
+    fn retire(&self) {
+        let (idle, waiters) = {
+            let mut state = self.state.lock();
+            state.retired = true;
+            (std::mem::take(&mut state.idle), std::mem::take(&mut state.waiters))
+        };
+        drop(idle);
+        for waiter in waiters {
+            let _ = waiter.reply.send(Err(CheckoutError::Retired));
+        }
+        self.budget.leave(self);
+    }
+
+    fn retire_if_empty(&self) -> bool {
+        let mut state = self.state.lock();
+        let empty = state.open == 0 && state.waiters.is_empty();
+        state.retired |= empty;
+        empty
+    }
+
+    pub(super) fn oldest_idle(&self) -> Option<Instant> {
+        self.state.lock().idle.iter().map(|conn| conn.last_used).min()
+    }
+
+    pub(super) fn take_oldest_idle(&self) -> Option<Box<ServerConnection>> {
+        let mut state = self.state.lock();
+        let at = state.idle.iter().enumerate().min_by_key(|(_, conn)| conn.last_used)?.0;
+        Some(state.idle.remove(at))
+    }
+
+    fn close_expired(&self, now: Instant, idle_timeout: Duration) {
+        let expired = {
+            let mut state = self.state.lock();
+            let keep = |conn: &mut Box<ServerConnection>| {
+                conn.expires > now
+                    && (idle_timeout.is_zero() || now.duration_since(conn.last_used) < idle_timeout)
+                    && conn.is_quiet()
+            };
+            let (kept, expired): (Vec<_>, Vec<_>) = std::mem::take(&mut state.idle).into_iter().partition_mut(keep);
+            state.idle = kept;
+            expired
+        };
+        drop(expired);
+    }
+}
+
+/// `Iterator::partition` with a mutable look at each item.
+trait PartitionMut<T> {
+    fn partition_mut(self, keep: impl FnMut(&mut T) -> bool) -> (Vec<T>, Vec<T>);
+}
+
+impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
+    fn partition_mut(self, mut keep: impl FnMut(&mut T) -> bool) -> (Vec<T>, Vec<T>) {
+        let (mut yes, mut no) = (Vec::new(), Vec::new());
+        for mut item in self {
+            if keep(&mut item) { yes.push(item) } else { no.push(item) }
+        }
+        (yes, no)
+    }
+}
+
+impl State {
+    fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
+        let same = |conn: &Box<ServerConnection>| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
+        self.idle.iter().rposition(same)
+    }
+
+    /// Whether [`State::take_idle`] would find something.
+    fn has_idle(&self, settings: &Arc<Settings>) -> bool {
+        self.waiters.is_empty() && !self.retired && self.idle_at(settings).is_some()
+    }
+
+    /// The idle connection used last, unless others are in line for it.
+    #[inline]
+    fn take_idle(&mut self, settings: &Arc<Settings>) -> Option<Box<ServerConnection>> {
+        if !self.waiters.is_empty() || self.retired {
+            return None;
+        }
+        let at = self.idle_at(settings)?;
+        Some(self.idle.remove(at))
+    }
+
+    /// Gives a connection to the first waiter that can use it; hands it back if there is none.
+    fn hand_over(&mut self, mut conn: Box<ServerConnection>) -> Option<Box<ServerConnection>> {
+        while let Some(at) = self.waiters.iter().position(|waiter| waiter.settings == conn.settings) {
+            let Some(waiter) = self.waiters.remove(at) else { break };
+            match waiter.reply.send(Ok(conn)) {
+                Ok(()) => return None,
+                // It has given up in the meantime.
+                Err(Ok(back)) => conn = back,
+                Err(Err(_)) => return None,
+            }
+        }
+        Some(conn)
+    }
+}
+
+async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
+    let pool = slot.pool.clone();
+    // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
+    let result = pool.connector.clone().connect(slot, settings, application_name).await;
+    let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
+    outcome.fetch_add(1, Ordering::Relaxed);
+    pool.opened(result.map(Box::new));
+}
+
+/// A place in a pool and in its shard's budget. Held by a connection for its whole life; dropping it makes room for
+/// the next in line.
+pub struct Slot {
+    pool: Arc<Pool>,
+}
+
+impl Slot {
+    /// The pool it is a place of.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.pool.state.lock().open -= 1;
+        self.pool.budget.release();
+        self.pool.serve();
+    }
+}

@@ -1,0 +1,90 @@
+//! What a server reports of its settings (ParameterStatus), and how they are carried from one connection to another.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use crate::tenant::sql::Literal;
+
+/// Values by reported name, sorted by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Params(Vec<(Box<str>, Box<str>)>);
+
+/// Reported, but no client can set them: they are never carried.
+const FIXED: &[&str] = &[
+    "server_version",
+    "server_encoding",
+    "integer_datetimes",
+    "is_superuser",
+    "session_authorization",
+    "in_hot_standby",
+    "search_path",
+];
+
+impl Params {
+    /// The value reported last.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.find(name).ok().map(|at| &*self.0[at].1)
+    }
+
+    /// Notes a reported value.
+    pub fn set(&mut self, name: &str, value: &str) {
+        match self.find(name) {
+            Ok(at) => self.0[at].1 = value.into(),
+            Err(at) => self.0.insert(at, (name.into(), value.into())),
+        }
+    }
+
+    /// The same with one value changed; itself if nothing changes.
+    #[must_use]
+    pub fn with(self: &Arc<Self>, name: &str, value: &str) -> Arc<Self> {
+        if self.get(name) == Some(value) {
+            return self.clone();
+        }
+        let mut changed = (**self).clone();
+        changed.set(name, value);
+        Arc::new(changed)
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (&**name, &**value))
+    }
+
+    /// A statement that brings a server from `self` to `wanted`; `None` if nothing has to change.
+    pub fn script_to(&self, wanted: &Self) -> Option<String> {
+        let mut script = String::new();
+        for (name, value) in wanted.iter() {
+            if FIXED.contains(&name) || self.get(name) == Some(value) {
+                continue;
+            }
+            script.push_str(if script.is_empty() { "SELECT " } else { ", " });
+            // Writing to a String cannot fail.
+            let _ = write!(script, "pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value));
+        }
+        (!script.is_empty()).then_some(script)
+    }
+
+    fn find(&self, name: &str) -> Result<usize, usize> {
+        self.0.binary_search_by(|(have, _)| (**have).cmp(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_differs_and_can_be_set_is_carried() {
+        let mut server = Params::default();
+        server.set("TimeZone", "UTC");
+        server.set("DateStyle", "ISO, MDY");
+        server.set("server_version", "15.1");
+        let server = Arc::new(server);
+        assert_eq!(server.script_to(&server.with("server_version", "16")), None);
+        assert!(Arc::ptr_eq(&server, &server.with("TimeZone", "UTC")));
+        assert_eq!(
+            server.script_to(&server.with("TimeZone", "Mars/'x")).unwrap(),
+            "SELECT pg_catalog.set_config('TimeZone', 'Mars/''x', false)"
+        );
+    }
+}

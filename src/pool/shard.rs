@@ -1,0 +1,156 @@
+//! The budget of server connections to one shard, shared by all of its tenants' pools.
+//!
+//! Invariant: open connections (those being opened included) never exceed the limit.
+//!
+//! A checkout that finds the budget spent first takes the slot of the least recently used idle connection of any
+//! tenant; only if every connection is busy does its pool queue up here, first come, first served.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::Pool;
+use crate::metrics::ShardStats;
+
+/// The budget of one shard.
+pub struct Budget {
+    limit: AtomicUsize,
+    /// Length of the queue, readable without the lock at every check-in.
+    waiting: AtomicUsize,
+    state: Mutex<State>,
+    /// Counters of the shard.
+    pub stats: Arc<ShardStats>,
+}
+
+#[derive(Default)]
+struct State {
+    open: usize,
+    pools: Vec<Weak<Pool>>,
+    queue: VecDeque<Turn>,
+}
+
+/// A place in the queue; void once the checkout that stands behind it is over.
+struct Turn {
+    since: Instant,
+    pool: Weak<Pool>,
+    ticket: Ticket,
+}
+
+/// Dies with the checkout that it was handed out by.
+pub(super) type Ticket = Weak<()>;
+
+impl Budget {
+    /// A budget of `limit` connections.
+    pub fn new(limit: usize, stats: Arc<ShardStats>) -> Self {
+        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats }
+    }
+
+    /// Connections open or being opened.
+    pub fn open(&self) -> usize {
+        self.state.lock().open
+    }
+
+    /// Changes the limit; connections above it go as they become idle.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Makes a pool known, as one whose idle connections may be evicted.
+    pub(super) fn join(&self, pool: &Arc<Pool>) {
+        let mut state = self.state.lock();
+        state.pools.retain(|p| p.strong_count() > 0);
+        state.pools.push(Arc::downgrade(pool));
+    }
+
+    /// Forgets a pool.
+    pub(super) fn leave(&self, pool: &Pool) {
+        self.state.lock().pools.retain(|p| !std::ptr::eq(p.as_ptr(), pool));
+    }
+
+    /// Live pools.
+    pub(super) fn pools(&self) -> Vec<Arc<Pool>> {
+        self.state.lock().pools.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Takes a slot if one is free.
+    pub(super) fn try_reserve(&self) -> bool {
+        let mut state = self.state.lock();
+        let free = state.open < self.limit.load(Ordering::Relaxed);
+        if free {
+            state.open += 1;
+        }
+        free
+    }
+
+    /// Whether somebody waits for a slot. One relaxed load, for the check-in.
+    pub(super) fn contended(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// When the one who has waited longest came.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        let mut state = self.state.lock();
+        while state.queue.front().is_some_and(|turn| turn.ticket.strong_count() == 0) {
+            state.queue.pop_front();
+        }
+        self.waiting.store(state.queue.len(), Ordering::Relaxed);
+        state.queue.front().map(|turn| turn.since)
+    }
+
+    /// Queues a pool for the next free slot.
+    pub(super) fn enqueue(&self, since: Instant, pool: &Arc<Pool>, ticket: Ticket) {
+        let mut state = self.state.lock();
+        let at = state.queue.partition_point(|turn| turn.since <= since);
+        state.queue.insert(at, Turn { since, pool: Arc::downgrade(pool), ticket });
+        self.waiting.store(state.queue.len(), Ordering::Relaxed);
+    }
+
+    /// Gives a slot back and hands it to whoever waits for one.
+    pub(super) fn release(&self) {
+        self.state.lock().open -= 1;
+        self.grant();
+    }
+
+    /// Hands free slots to the queue.
+    pub(super) fn grant(&self) {
+        loop {
+            let next = {
+                let mut state = self.state.lock();
+                if state.open >= self.limit.load(Ordering::Relaxed) {
+                    return;
+                }
+                let Some(turn) = state.queue.pop_front() else { return };
+                self.waiting.store(state.queue.len(), Ordering::Relaxed);
+                let live = turn.ticket.strong_count() > 0;
+                let Some(pool) = turn.pool.upgrade().filter(|_| live) else { continue };
+                state.open += 1;
+                pool
+            };
+            // The pool may have been served otherwise in the meantime: then the slot goes to the next one.
+            if !next.open_with_slot() {
+                self.state.lock().open -= 1;
+            }
+        }
+    }
+
+    /// Closes the least recently used idle connection of another pool, so that its slot becomes free.
+    ///
+    /// Looks at every pool that has connections, of which there are at most as many as the limit.
+    pub(super) fn evict_for(&self, wanting: &Pool) -> bool {
+        let oldest = self
+            .pools()
+            .into_iter()
+            .filter(|pool| !std::ptr::eq(Arc::as_ptr(pool), wanting))
+            .filter_map(|pool| pool.oldest_idle().map(|since| (since, pool)))
+            .min_by_key(|(since, _)| *since);
+        let evicted = oldest.and_then(|(_, pool)| pool.take_oldest_idle());
+        if evicted.is_some() {
+            self.stats.evictions.fetch_add(1, Ordering::Relaxed);
+        }
+        // Dropping it releases its slot, which the queue would get; nobody queues while something can be evicted.
+        evicted.is_some()
+    }
+}

@@ -1,0 +1,181 @@
+//! Prepared statements that a tenant's clients share, and which of them a server connection has. No I/O.
+//!
+//! Invariant: a prepared name never resolves to another statement; identity is the full text and the parameter types,
+//! compared whole. A registry belongs to one tenant's pool, so statements never cross tenants.
+
+use std::borrow::Borrow;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
+type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
+
+/// A statement as `Parse` describes it.
+#[derive(Debug)]
+pub struct Statement {
+    /// Number, never used twice.
+    pub id: u64,
+    /// Its name on every server connection, without the NUL.
+    pub name: Box<[u8]>,
+    /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
+    pub body: Box<[u8]>,
+    /// Whether running it may leave something behind in the session.
+    pub leaves_state: bool,
+}
+
+#[derive(Debug)]
+struct ByBody(Arc<Statement>);
+
+impl PartialEq for ByBody {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.body == other.0.body
+    }
+}
+
+impl Eq for ByBody {}
+
+impl Hash for ByBody {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.body.hash(state);
+    }
+}
+
+impl Borrow<[u8]> for ByBody {
+    fn borrow(&self) -> &[u8] {
+        &self.0.body
+    }
+}
+
+/// The statements of one tenant.
+#[derive(Debug, Default)]
+pub struct Registry {
+    next: Arc<AtomicU64>,
+    known: Mutex<HashSet<ByBody>>,
+}
+
+/// Known statements above which those that no client holds are forgotten.
+const TIDY_ABOVE: usize = 512;
+
+impl Registry {
+    /// An empty registry. Numbers come from `next`, which all registries share: a client that goes from one pool to the
+    /// next when its tenant moves takes its statements along.
+    pub fn new(next: Arc<AtomicU64>) -> Self {
+        Self { next, known: Mutex::default() }
+    }
+
+    /// The statement with this body (see [`Statement::body`]); `leaves_state` is asked only when it is new.
+    pub fn intern(&self, body: &[u8], leaves_state: impl FnOnce() -> bool) -> Arc<Statement> {
+        let mut known = self.known.lock();
+        if let Some(ByBody(statement)) = known.get(body) {
+            return statement.clone();
+        }
+        if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
+            known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pgusher_{id}").into_bytes().into();
+        let statement = Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state() });
+        known.insert(ByBody(statement.clone()));
+        statement
+    }
+}
+
+/// Which statements a server connection has prepared, and whose the unnamed one is.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    have: HashMap<u64, Held>,
+    clock: u64,
+    /// Who parsed the unnamed statement last.
+    pub unnamed: Option<UnnamedOwner>,
+}
+
+#[derive(Debug)]
+struct Held {
+    statement: Arc<Statement>,
+    used: u64,
+}
+
+/// A client and the number of its Parse of the unnamed statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnnamedOwner {
+    /// The client.
+    pub client: u64,
+    /// Which of its unnamed statements.
+    pub serial: u64,
+}
+
+impl Prepared {
+    /// Whether the statement is there; if so it counts as used now.
+    #[inline]
+    pub fn touch(&mut self, id: u64) -> bool {
+        self.clock += 1;
+        let clock = self.clock;
+        self.have.get_mut(&id).map(|held| held.used = clock).is_some()
+    }
+
+    /// Notes that the statement is being prepared. Returns the one to be closed to stay within `max`.
+    pub fn add(&mut self, statement: Arc<Statement>, max: usize) -> Option<Arc<Statement>> {
+        self.clock += 1;
+        let used = self.clock;
+        let victim = if self.have.len() >= max.max(1) {
+            self.have.iter().min_by_key(|(_, held)| held.used).map(|(id, _)| *id)
+        } else {
+            None
+        };
+        let closed = victim.and_then(|id| self.have.remove(&id)).map(|held| held.statement);
+        self.have.insert(statement.id, Held { statement, used });
+        closed
+    }
+
+    /// Notes that the statement is not there after all.
+    pub fn remove(&mut self, id: u64) {
+        self.have.remove(&id);
+    }
+
+    /// Notes that nothing is prepared any more.
+    pub fn clear(&mut self) {
+        self.have.clear();
+        self.unnamed = None;
+    }
+
+    /// How many are there.
+    pub fn len(&self) -> usize {
+        self.have.len()
+    }
+
+    /// Whether none is there.
+    pub fn is_empty(&self) -> bool {
+        self.have.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identity_is_text_and_types() {
+        let registry = Registry::default();
+        let a = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", || false);
+        let b = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x19", || false);
+        let again = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", || true);
+        assert_ne!(a.id, b.id);
+        assert!(Arc::ptr_eq(&a, &again));
+        assert_ne!(a.name, b.name);
+    }
+
+    #[test]
+    fn the_least_recently_used_is_closed() {
+        let registry = Registry::default();
+        let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern(body, || false));
+        let mut prepared = Prepared::default();
+        assert!(prepared.add(a.clone(), 2).is_none());
+        assert!(prepared.add(b.clone(), 2).is_none());
+        assert!(prepared.touch(a.id));
+        assert_eq!(prepared.add(c, 2).map(|s| s.id), Some(b.id));
+        assert!(!prepared.touch(b.id));
+    }
+}

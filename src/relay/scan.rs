@@ -1,0 +1,571 @@
+//! A cheap look at SQL text: may running it leave something behind in the session? No I/O, no allocation.
+//!
+//! The answer decides whether a server connection is reset before the next client of the same tenant gets it. It is a
+//! question of correctness, not of isolation: *yes* is always safe and costs a reset, so everything unknown is *yes*.
+
+/// Whether running this text may leave session state behind: settings, temporary tables, locks, cursors, prepared
+/// statements, subscriptions, or whatever a function that is not known to be harmless does.
+pub fn leaves_state(sql: &[u8]) -> bool {
+    Scanner { sql, at: 0, first: true, after_into: false }.run()
+}
+
+struct Scanner<'a> {
+    sql: &'a [u8],
+    at: usize,
+    /// At the first word of a statement.
+    first: bool,
+    /// The next name is a table, and a parenthesis after it a column list.
+    after_into: bool,
+}
+
+impl Scanner<'_> {
+    fn run(mut self) -> bool {
+        while let Some(&byte) = self.sql.get(self.at) {
+            let unsure = match byte {
+                b'a'..=b'z' | b'A'..=b'Z' | b'_' | 0x80.. => self.word(),
+                b'0'..=b'9' => {
+                    self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_');
+                    false
+                }
+                b'\'' => self.string(),
+                b'"' => self.quoted_name(),
+                b'$' => self.dollar(),
+                b'-' if self.next_is(b'-') => {
+                    self.skip_while(|b| b != b'\n');
+                    false
+                }
+                b'/' if self.next_is(b'*') => self.comment(),
+                b';' => {
+                    (self.first, self.after_into) = (true, false);
+                    self.at += 1;
+                    false
+                }
+                _ => {
+                    self.at += 1;
+                    false
+                }
+            };
+            if unsure {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn next_is(&self, byte: u8) -> bool {
+        self.sql.get(self.at + 1) == Some(&byte)
+    }
+
+    fn skip_while(&mut self, keep: impl Fn(u8) -> bool) {
+        let rest = &self.sql[self.at..];
+        self.at += rest.iter().position(|&b| !keep(b)).unwrap_or(rest.len());
+    }
+
+    fn word(&mut self) -> bool {
+        let start = self.at;
+        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'$' || b >= 0x80);
+        let mut lower = [0; 32];
+        let word = &self.sql[start..self.at];
+        // A longer word is no keyword and no function of the list.
+        let Some(lower) = lower.get_mut(..word.len()) else { return self.first || self.is_call() };
+        lower.copy_from_slice(word);
+        lower.make_ascii_lowercase();
+        let word: &[u8] = lower;
+        if std::mem::take(&mut self.first) {
+            return self.first_word(word);
+        }
+        if matches!(word, b"temp" | b"temporary") || word.starts_with(b"pg_temp") {
+            return true;
+        }
+        if self.sql.get(self.at) == Some(&b'.') {
+            // A qualified name: vouched for only in pg_catalog.
+            self.at += 1;
+            return word != b"pg_catalog" && !self.after_into && self.qualified_call();
+        }
+        let table = std::mem::replace(&mut self.after_into, word == b"into");
+        self.is_call() && !table && KEYWORDS.binary_search(&word).is_err() && HARMLESS.binary_search(&word).is_err()
+    }
+
+    /// `SET LOCAL` and `SET TRANSACTION` end with the transaction; `SET` and the like do not.
+    fn first_word(&mut self, word: &[u8]) -> bool {
+        if word == b"set" {
+            self.skip_while(|b| b.is_ascii_whitespace());
+            let rest = &self.sql[self.at..];
+            let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
+            let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
+            return !(local || transaction);
+        }
+        STATELESS.binary_search(&word).is_err()
+    }
+
+    fn is_call(&self) -> bool {
+        let rest = &self.sql[self.at..];
+        rest.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'(')
+    }
+
+    /// After `schema.`: whether `name(` follows.
+    fn qualified_call(&mut self) -> bool {
+        if self.sql.get(self.at) == Some(&b'"') {
+            return self.quoted_name();
+        }
+        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'$' || b >= 0x80);
+        self.is_call()
+    }
+
+    fn quoted_name(&mut self) -> bool {
+        self.at += 1;
+        self.skip_while(|b| b != b'"');
+        self.at = (self.at + 1).min(self.sql.len());
+        let table = std::mem::take(&mut self.after_into);
+        self.first || (self.is_call() && !table)
+    }
+
+    /// A literal. A backslash in it may or may not escape, which depends on settings: unsure.
+    fn string(&mut self) -> bool {
+        self.at += 1;
+        let start = self.at;
+        self.skip_while(|b| b != b'\'');
+        let body = &self.sql[start..self.at];
+        self.at = (self.at + 1).min(self.sql.len());
+        body.contains(&b'\\')
+    }
+
+    fn dollar(&mut self) -> bool {
+        let start = self.at;
+        self.at += 1;
+        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b >= 0x80);
+        if self.sql.get(self.at) != Some(&b'$') {
+            // A parameter such as $1.
+            return false;
+        }
+        self.at += 1;
+        let delimiter = &self.sql[start..self.at];
+        let rest = &self.sql[self.at..];
+        let end = rest.windows(delimiter.len()).position(|w| w == delimiter);
+        self.at += end.map_or(rest.len(), |end| end + delimiter.len());
+        false
+    }
+
+    fn comment(&mut self) -> bool {
+        self.at += 2;
+        let mut depth = 1;
+        while depth > 0 && self.at < self.sql.len() {
+            match (self.sql[self.at], self.sql.get(self.at + 1)) {
+                (b'*', Some(b'/')) => (depth, self.at) = (depth - 1, self.at + 2),
+                (b'/', Some(b'*')) => (depth, self.at) = (depth + 1, self.at + 2),
+                _ => self.at += 1,
+            }
+        }
+        false
+    }
+}
+
+/// First words of statements that leave nothing behind by themselves. Sorted.
+const STATELESS: &[&[u8]] = &[
+    b"abort",
+    b"alter",
+    b"analyze",
+    b"begin",
+    b"checkpoint",
+    b"close",
+    b"cluster",
+    b"comment",
+    b"commit",
+    b"copy",
+    b"create",
+    b"delete",
+    b"drop",
+    b"end",
+    b"explain",
+    b"fetch",
+    b"grant",
+    b"insert",
+    b"lock",
+    b"merge",
+    b"move",
+    b"notify",
+    b"reassign",
+    b"refresh",
+    b"reindex",
+    b"release",
+    b"revoke",
+    b"rollback",
+    b"savepoint",
+    b"select",
+    b"show",
+    b"start",
+    b"table",
+    b"truncate",
+    b"update",
+    b"vacuum",
+    b"values",
+    b"with",
+];
+
+/// Words before a parenthesis that are no functions. Sorted.
+const KEYWORDS: &[&[u8]] = &[
+    b"all",
+    b"and",
+    b"any",
+    b"array",
+    b"as",
+    b"between",
+    b"bigint",
+    b"bit",
+    b"by",
+    b"case",
+    b"cast",
+    b"char",
+    b"character",
+    b"check",
+    b"cube",
+    b"decimal",
+    b"default",
+    b"distinct",
+    b"else",
+    b"except",
+    b"exists",
+    b"filter",
+    b"float",
+    b"for",
+    b"from",
+    b"having",
+    b"ilike",
+    b"in",
+    b"int",
+    b"integer",
+    b"intersect",
+    b"interval",
+    b"is",
+    b"join",
+    b"key",
+    b"lateral",
+    b"like",
+    b"limit",
+    b"materialized",
+    b"not",
+    b"null",
+    b"numeric",
+    b"of",
+    b"offset",
+    b"on",
+    b"or",
+    b"order",
+    b"over",
+    b"partition",
+    b"returning",
+    b"rollup",
+    b"row",
+    b"select",
+    b"set",
+    b"sets",
+    b"some",
+    b"then",
+    b"time",
+    b"timestamp",
+    b"timestamptz",
+    b"union",
+    b"unique",
+    b"using",
+    b"values",
+    b"varchar",
+    b"varying",
+    b"when",
+    b"where",
+    b"window",
+    b"with",
+    b"within",
+];
+
+/// Built-in functions that leave nothing behind. Sorted.
+const HARMLESS: &[&[u8]] = &[
+    b"abs",
+    b"age",
+    b"any_value",
+    b"array_agg",
+    b"array_append",
+    b"array_cat",
+    b"array_length",
+    b"array_lower",
+    b"array_position",
+    b"array_remove",
+    b"array_to_json",
+    b"array_to_string",
+    b"array_upper",
+    b"ascii",
+    b"avg",
+    b"bit_and",
+    b"bit_or",
+    b"bool_and",
+    b"bool_or",
+    b"btrim",
+    b"cardinality",
+    b"ceil",
+    b"ceiling",
+    b"char_length",
+    b"chr",
+    b"clock_timestamp",
+    b"coalesce",
+    b"col_description",
+    b"concat",
+    b"concat_ws",
+    b"count",
+    b"cume_dist",
+    b"current_database",
+    b"current_schema",
+    b"current_schemas",
+    b"current_setting",
+    b"currval",
+    b"date",
+    b"date_bin",
+    b"date_part",
+    b"date_trunc",
+    b"decode",
+    b"dense_rank",
+    b"div",
+    b"encode",
+    b"every",
+    b"exp",
+    b"extract",
+    b"first_value",
+    b"floor",
+    b"format",
+    b"format_type",
+    b"gen_random_uuid",
+    b"generate_series",
+    b"greatest",
+    b"has_any_column_privilege",
+    b"has_column_privilege",
+    b"has_database_privilege",
+    b"has_schema_privilege",
+    b"has_sequence_privilege",
+    b"has_table_privilege",
+    b"hashtext",
+    b"initcap",
+    b"isfinite",
+    b"json_agg",
+    b"json_array_elements",
+    b"json_array_elements_text",
+    b"json_array_length",
+    b"json_build_array",
+    b"json_build_object",
+    b"json_each",
+    b"json_each_text",
+    b"json_extract_path",
+    b"json_extract_path_text",
+    b"json_object_agg",
+    b"json_object_keys",
+    b"json_populate_record",
+    b"json_populate_recordset",
+    b"json_typeof",
+    b"jsonb_agg",
+    b"jsonb_array_elements",
+    b"jsonb_array_elements_text",
+    b"jsonb_array_length",
+    b"jsonb_build_array",
+    b"jsonb_build_object",
+    b"jsonb_each",
+    b"jsonb_each_text",
+    b"jsonb_extract_path",
+    b"jsonb_extract_path_text",
+    b"jsonb_object_agg",
+    b"jsonb_object_keys",
+    b"jsonb_path_exists",
+    b"jsonb_path_query",
+    b"jsonb_pretty",
+    b"jsonb_set",
+    b"jsonb_strip_nulls",
+    b"jsonb_to_recordset",
+    b"jsonb_typeof",
+    b"justify_days",
+    b"lag",
+    b"last_value",
+    b"lastval",
+    b"lead",
+    b"least",
+    b"left",
+    b"length",
+    b"ln",
+    b"log",
+    b"lower",
+    b"lpad",
+    b"ltrim",
+    b"make_date",
+    b"make_interval",
+    b"make_time",
+    b"make_timestamp",
+    b"make_timestamptz",
+    b"max",
+    b"md5",
+    b"min",
+    b"mod",
+    b"mode",
+    b"nextval",
+    b"now",
+    b"nth_value",
+    b"ntile",
+    b"nullif",
+    b"num_nonnulls",
+    b"obj_description",
+    b"octet_length",
+    b"overlay",
+    b"percent_rank",
+    b"percentile_cont",
+    b"percentile_disc",
+    b"pg_advisory_xact_lock",
+    b"pg_advisory_xact_lock_shared",
+    b"pg_backend_pid",
+    b"pg_column_size",
+    b"pg_encoding_to_char",
+    b"pg_get_constraintdef",
+    b"pg_get_expr",
+    b"pg_get_indexdef",
+    b"pg_get_serial_sequence",
+    b"pg_get_userbyid",
+    b"pg_get_viewdef",
+    b"pg_is_in_recovery",
+    b"pg_postmaster_start_time",
+    b"pg_relation_size",
+    b"pg_size_pretty",
+    b"pg_sleep",
+    b"pg_table_is_visible",
+    b"pg_table_size",
+    b"pg_total_relation_size",
+    b"pg_try_advisory_xact_lock",
+    b"pg_try_advisory_xact_lock_shared",
+    b"pg_type_is_visible",
+    b"pg_typeof",
+    b"plainto_tsquery",
+    b"position",
+    b"power",
+    b"quote_ident",
+    b"quote_literal",
+    b"quote_nullable",
+    b"random",
+    b"rank",
+    b"regexp_match",
+    b"regexp_matches",
+    b"regexp_replace",
+    b"regexp_split_to_array",
+    b"regexp_split_to_table",
+    b"repeat",
+    b"replace",
+    b"reverse",
+    b"right",
+    b"round",
+    b"row_number",
+    b"row_to_json",
+    b"rpad",
+    b"rtrim",
+    b"setval",
+    b"sha256",
+    b"sign",
+    b"split_part",
+    b"sqrt",
+    b"starts_with",
+    b"statement_timestamp",
+    b"stddev",
+    b"string_agg",
+    b"string_to_array",
+    b"strpos",
+    b"substr",
+    b"substring",
+    b"sum",
+    b"to_char",
+    b"to_date",
+    b"to_json",
+    b"to_jsonb",
+    b"to_number",
+    b"to_timestamp",
+    b"to_tsquery",
+    b"to_tsvector",
+    b"transaction_timestamp",
+    b"translate",
+    b"trim",
+    b"trunc",
+    b"ts_rank",
+    b"txid_current",
+    b"unnest",
+    b"upper",
+    b"var_pop",
+    b"variance",
+    b"version",
+    b"width_bucket",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_sorted() {
+        for list in [STATELESS, KEYWORDS, HARMLESS] {
+            for pair in list.windows(2) {
+                assert!(pair[0] < pair[1], "{:?}", String::from_utf8_lossy(pair[1]));
+            }
+        }
+    }
+
+    #[test]
+    fn ordinary_statements_leave_nothing() {
+        for sql in [
+            "SELECT abalance FROM pgbench_accounts WHERE aid = 123;",
+            "UPDATE pgbench_tellers SET tbalance = tbalance + -5 WHERE tid = 3;",
+            "INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) VALUES (1, 2, 3, 4, CURRENT_TIMESTAMP);",
+            "insert into s.t(a) values ($1) on conflict (a) do update set a = excluded.a returning id",
+            "BEGIN",
+            "COMMIT;",
+            "",
+            "  ",
+            "-- nothing\n",
+            "/* a /* nested */ set x */ select 1",
+            "select count(*), coalesce(max(x), 0) from t where y in (1,2) and z like '%''set_config(%'",
+            "SET LOCAL statement_timeout = 5",
+            "set transaction isolation level serializable",
+            "select $$ set_config( $$ || $a$ $$ ; set x $a$",
+            "with a as (select 1) select * from a",
+            "select pg_catalog.now()",
+            "INSERT INTO \"T\" (a) VALUES (1)",
+        ] {
+            assert!(!leaves_state(sql.as_bytes()), "{sql}");
+        }
+    }
+
+    #[test]
+    fn whatever_may_leave_something_is_noticed() {
+        for sql in [
+            "SET x = 1",
+            "set session x = 1",
+            "RESET ALL",
+            "LISTEN a",
+            "PREPARE a AS SELECT 1",
+            "DISCARD TEMP",
+            "LOAD 'x'",
+            "select 1; set x = 1",
+            "select set_config('a','b',false)",
+            "select pg_catalog . set_config('a','b',false)",
+            "select pg_advisory_lock(1)",
+            "select PG_Advisory_Lock (1)",
+            "select my_function(1)",
+            "select s.f(1)",
+            "select \"set_config\"('a','b',false)",
+            "select s.\"f\"(1)",
+            "CREATE TEMP TABLE t (a int)",
+            "create local temporary table t (a int)",
+            "select 1 into temp t",
+            "select * from pg_temp.t",
+            "DO $$ begin end $$",
+            "CALL p()",
+            "declare c cursor with hold for select 1",
+            "EXECUTE a",
+            "/* */ SET x=1",
+            "-- a\nset x=1",
+            "select 'a\\' || set_config('b')",
+            "update t set a = f(1)",
+            "\u{e4}rger",
+            "select setseed(0.5)",
+        ] {
+            assert!(leaves_state(sql.as_bytes()), "{sql}");
+        }
+    }
+}

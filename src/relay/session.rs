@@ -1,0 +1,653 @@
+//! What client and server have said and still owe each other. No I/O.
+//!
+//! Every frame passes through [`Session::on_client`] or [`Session::on_server`], which decide what becomes of it. From
+//! the same bookkeeping follows when a server connection may go back ([`Session::is_idle`]): the last ReadyForQuery
+//! said `I`, no reply is outstanding, no COPY is in progress, no message since the last Sync.
+//!
+//! Refusals: a message that the client may not send is replaced by one that the server is bound to reject, and the
+//! server's error by ours. So a transaction fails, a pipeline is skipped and an implicit transaction is rolled back
+//! just as if the server itself had refused.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::{BufMut as _, BytesMut};
+
+use super::scan;
+use crate::error::{PgError, sqlstate};
+use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
+use crate::wire::frame::{HEADER, Header, cstr};
+use crate::wire::message;
+
+type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
+
+/// What becomes of a frame.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes to the other side as it is.
+    Forward,
+    /// What was inspected of it is replaced by what was appended to the output; the rest of it follows as it is.
+    Replace,
+    /// It goes nowhere.
+    Swallow,
+}
+
+/// How prepared statements are treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Statements {
+    /// The client keeps its server connection: names are passed on.
+    PassThrough,
+    /// Shared under names of ours; at most so many per server connection.
+    Shared(usize),
+}
+
+/// The server's side of the statements, while a lease lasts.
+pub struct Link<'a> {
+    /// What the server connection has prepared.
+    pub prepared: &'a mut Prepared,
+    /// The tenant's statements.
+    pub registry: &'a Registry,
+}
+
+/// One message that the server has yet to answer, or an answer that we owe.
+#[derive(Debug)]
+enum Expect {
+    Query,
+    Sync,
+    Function,
+    /// A Parse of the client; what its name meant before, should it fail.
+    Parse(Option<Box<ParseUndo>>),
+    Bind,
+    Describe,
+    Execute,
+    Close,
+    /// A Parse of ours: its answer is for nobody.
+    Injected(u64),
+    InjectedUnnamed,
+    InjectedClose,
+    /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
+    CopyEnd,
+    /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
+    OurParse(Box<[u8]>),
+    /// CloseComplete, which we give ourselves when its turn comes; what was closed, should it be skipped.
+    OurClose(Option<Box<(Box<[u8]>, Arc<Statement>)>>),
+    /// Bound to fail; the client gets this instead of the server's error. A Query, or a Parse.
+    RefusedQuery(Box<PgError>),
+    RefusedParse(Box<PgError>),
+}
+
+#[derive(Debug)]
+struct ParseUndo {
+    name: Box<[u8]>,
+    /// The statement that was noted as prepared on the server connection.
+    id: u64,
+}
+
+/// The state of one client's conversation.
+#[derive(Debug)]
+pub struct Session {
+    client: u64,
+    statements: Statements,
+    expects: VecDeque<Expect>,
+    status: u8,
+    /// An extended-protocol error: the server skips everything up to the next Sync, and so do we.
+    failed: bool,
+    /// Messages of the extended protocol since the last Sync.
+    open_group: bool,
+    copy_in: bool,
+    residue: bool,
+    queries: u32,
+    named: HashMap<Box<[u8]>, Arc<Statement>>,
+    unnamed: Option<Vec<u8>>,
+    unnamed_serial: u64,
+}
+
+/// Text that no PostgreSQL parses.
+const REJECTED: &str = "refused by pgusher:";
+
+/// FunctionCall is refused but for large objects: OIDs of lo_open, lo_close, loread, lowrite, lo_lseek(64), lo_creat,
+/// lo_create, lo_tell(64), lo_unlink, lo_truncate(64), which libpq's lo_* functions call.
+const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172];
+
+/// Longest unnamed statement (bytes) that is remembered from one Sync to the next.
+const MAX_UNNAMED: usize = 64 << 10;
+
+impl Session {
+    /// A conversation that begins. `client` is a number of its own.
+    pub fn new(client: u64, statements: Statements) -> Self {
+        Self {
+            client,
+            statements,
+            expects: VecDeque::new(),
+            status: b'I',
+            failed: false,
+            open_group: false,
+            copy_in: false,
+            residue: false,
+            queries: 0,
+            named: HashMap::default(),
+            unnamed: None,
+            unnamed_serial: 0,
+        }
+    }
+
+    /// Whether the server connection may go back.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.status == b'I' && self.expects.is_empty() && !self.open_group && !self.failed && !self.copy_in
+    }
+
+    /// Whether the client is in a transaction and it is its turn.
+    pub fn is_idle_in_transaction(&self) -> bool {
+        self.status != b'I' && self.expects.is_empty()
+    }
+
+    /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
+    /// session loses nothing.
+    pub fn status(&self) -> u8 {
+        self.status
+    }
+
+    /// Statements since the last call.
+    #[inline]
+    pub fn take_queries(&mut self) -> u32 {
+        std::mem::take(&mut self.queries)
+    }
+
+    /// Whether something may be left behind in the session; asked once, when the server connection goes back.
+    pub fn take_residue(&mut self) -> bool {
+        std::mem::take(&mut self.residue)
+    }
+
+    /// How much of a frame has to be at hand for [`Session::on_client`]: `have` is what has arrived, `limit` how much
+    /// may be asked for unless the message must be seen whole, at most `max`.
+    ///
+    /// # Errors
+    /// A message that must be seen whole and is longer than `max`.
+    pub fn needs(&self, header: Header, have: &[u8], limit: usize, max: usize) -> Result<usize, PgError> {
+        match header.tag {
+            b'Q' | b'B' | b'D' | b'C' | b'F' | b'E' => Ok(header.total.min(limit)),
+            b'P' if self.statements == Statements::PassThrough => Ok(header.total.min(limit)),
+            b'P' => match have.get(HEADER) {
+                None => Ok(header.total.min(HEADER + 1)),
+                Some(0) => Ok(header.total.min(limit)),
+                Some(_) if header.total <= max => Ok(header.total),
+                Some(_) => Err(PgError::fatal(sqlstate::PROGRAM_LIMIT_EXCEEDED, "prepared statement is too long")
+                    .detail(format!("It has {} bytes; max_packet_size is {max}.", header.total))),
+            },
+            _ => Ok(HEADER),
+        }
+    }
+
+    /// Decides about a client's frame. Answers of ours that it calls for are for the caller to fetch by
+    /// [`Session::flush_ours`]. `frame` is at least as much of it as [`Session::needs`] asked for.
+    ///
+    /// # Errors
+    /// FATAL: a message that breaks the protocol.
+    #[inline]
+    pub fn on_client(
+        &mut self,
+        header: Header,
+        frame: &[u8],
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Result<Verdict, PgError> {
+        if self.failed && header.tag != b'S' {
+            return Ok(Verdict::Swallow);
+        }
+        match header.tag {
+            b'Q' => Ok(self.query(header, frame, link)),
+            b'P' => self.parse(header, frame, link, out),
+            b'B' => self.bind(header, frame, link, out),
+            b'D' | b'C' => self.describe_or_close(header, frame, link, out),
+            b'E' => {
+                self.queries += 1;
+                self.push_extended(Expect::Execute);
+                Ok(Verdict::Forward)
+            }
+            b'S' => {
+                (self.failed, self.open_group) = (false, false);
+                if !self.copy_in {
+                    self.expects.push_back(Expect::Sync);
+                }
+                Ok(Verdict::Forward)
+            }
+            b'H' => Ok(Verdict::Forward),
+            b'd' => Ok(Verdict::Forward),
+            b'c' | b'f' => {
+                if self.copy_in {
+                    self.copy_in = false;
+                } else if !self.expects.is_empty() {
+                    self.expects.push_back(Expect::CopyEnd);
+                }
+                Ok(Verdict::Forward)
+            }
+            b'F' => Ok(self.function_call(frame, out)),
+            tag => Err(PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid frontend message type {tag}"))),
+        }
+    }
+
+    fn push_extended(&mut self, expect: Expect) {
+        self.open_group = true;
+        self.expects.push_back(expect);
+    }
+
+    fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>) -> Verdict {
+        let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
+        // A text that was not seen whole cannot be vouched for.
+        self.residue |= frame.len() < header.total || scan::leaves_state(text);
+        // A simple Query of any kind drops the unnamed statement.
+        self.unnamed = None;
+        link.prepared.unnamed = None;
+        self.queries += 1;
+        self.open_group = false;
+        self.expects.push_back(Expect::Query);
+        Verdict::Forward
+    }
+
+    fn parse(
+        &mut self,
+        header: Header,
+        frame: &[u8],
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Result<Verdict, PgError> {
+        let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
+        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let whole = frame.len() == header.total;
+        let Statements::Shared(max) = self.statements else {
+            self.residue |= !name.is_empty() || !whole || scan::leaves_state(text);
+            self.push_extended(Expect::Parse(None));
+            return Ok(Verdict::Forward);
+        };
+        if name.is_empty() {
+            self.residue |= !whole || scan::leaves_state(text);
+            self.remember_unnamed(if whole { Some(body) } else { None });
+            link.prepared.unnamed = Some(self.unnamed_owner());
+            self.push_extended(Expect::Parse(None));
+            return Ok(Verdict::Forward);
+        }
+        if self.named.contains_key(name) {
+            let shown = String::from_utf8_lossy(name);
+            let error = format!("prepared statement \"{shown}\" already exists");
+            return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+        }
+        let statement = link.registry.intern(body, || scan::leaves_state(text));
+        self.named.insert(name.into(), statement.clone());
+        if link.prepared.touch(statement.id) {
+            // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
+            self.push_extended(Expect::OurParse(name.into()));
+            return Ok(Verdict::Swallow);
+        }
+        self.make_room(&statement, max, link, out);
+        message::parse_with(out, &statement.name, &statement.body);
+        let undo = ParseUndo { name: name.into(), id: statement.id };
+        self.push_extended(Expect::Parse(Some(Box::new(undo))));
+        Ok(Verdict::Replace)
+    }
+
+    fn remember_unnamed(&mut self, body: Option<&[u8]>) {
+        self.unnamed_serial += 1;
+        let body = body.filter(|body| body.len() <= MAX_UNNAMED);
+        match (&mut self.unnamed, body) {
+            (Some(kept), Some(body)) => {
+                kept.clear();
+                kept.extend_from_slice(body);
+            }
+            (kept, body) => *kept = Some(body.unwrap_or_default().to_vec()),
+        }
+    }
+
+    fn unnamed_owner(&self) -> UnnamedOwner {
+        UnnamedOwner { client: self.client, serial: self.unnamed_serial }
+    }
+
+    /// Notes a statement as prepared on the server, and closes the least recently used one if there are too many.
+    fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        if let Some(victim) = link.prepared.add(statement.clone(), max) {
+            message::close(out, b'S', &victim.name);
+            self.push_extended(Expect::InjectedClose);
+        }
+    }
+
+    fn bind(
+        &mut self,
+        header: Header,
+        frame: &[u8],
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Result<Verdict, PgError> {
+        let Statements::Shared(max) = self.statements else {
+            self.push_extended(Expect::Bind);
+            return Ok(Verdict::Forward);
+        };
+        let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
+        let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
+        let Some(statement) = self.resolve(name, max, link, out) else {
+            return Ok(self.unknown(name, out));
+        };
+        let verdict = match statement {
+            Resolved::AsNamed => Verdict::Forward,
+            Resolved::Shared(statement) => {
+                self.residue |= statement.leaves_state;
+                out.put_u8(b'B');
+                let length = header.total - 1 - name.len() + statement.name.len();
+                // Fits: the client's own length did, and our names are short.
+                out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+                out.extend_from_slice(portal);
+                out.put_u8(0);
+                out.extend_from_slice(&statement.name);
+                out.put_u8(0);
+                out.extend_from_slice(values);
+                Verdict::Replace
+            }
+            Resolved::Injected => {
+                out.extend_from_slice(frame);
+                Verdict::Replace
+            }
+        };
+        self.push_extended(Expect::Bind);
+        Ok(verdict)
+    }
+
+    /// Makes sure that the server connection has the statement that the client means.
+    fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
+        if name.is_empty() {
+            let body = self.unnamed.as_deref()?;
+            let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
+            if link.prepared.unnamed == Some(owner) {
+                return Some(Resolved::AsNamed);
+            }
+            if body.is_empty() {
+                // It was too long to be remembered.
+                return None;
+            }
+            message::parse_with(out, b"", body);
+            link.prepared.unnamed = Some(owner);
+            self.push_extended(Expect::InjectedUnnamed);
+            return Some(Resolved::Injected);
+        }
+        let statement = self.named.get(name)?.clone();
+        if !link.prepared.touch(statement.id) {
+            self.make_room(&statement, max, link, out);
+            message::parse_with(out, &statement.name, &statement.body);
+            self.push_extended(Expect::Injected(statement.id));
+        }
+        Some(Resolved::Shared(statement))
+    }
+
+    fn unknown(&mut self, name: &[u8], out: &mut BytesMut) -> Verdict {
+        let text = if name.is_empty() {
+            "unnamed prepared statement does not exist".to_owned()
+        } else {
+            format!("prepared statement \"{}\" does not exist", String::from_utf8_lossy(name))
+        };
+        self.refuse_parse(PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
+    }
+
+    fn describe_or_close(
+        &mut self,
+        header: Header,
+        frame: &[u8],
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Result<Verdict, PgError> {
+        let kind = if header.tag == b'D' { "Describe" } else { "Close" };
+        let (&what, rest) = frame[HEADER..].split_first().ok_or_else(|| malformed(kind))?;
+        let (name, _) = cstr(rest).ok_or_else(|| malformed(kind))?;
+        let expect = if header.tag == b'D' { Expect::Describe } else { Expect::Close };
+        let Statements::Shared(max) = self.statements else {
+            self.push_extended(expect);
+            return Ok(Verdict::Forward);
+        };
+        if what != b'S' {
+            self.push_extended(expect);
+            return Ok(Verdict::Forward);
+        }
+        if header.tag == b'C' && !name.is_empty() {
+            // Closing what does not exist is no error.
+            let closed = self.named.remove_entry(name).map(Box::new);
+            self.push_extended(Expect::OurClose(closed));
+            return Ok(Verdict::Swallow);
+        }
+        if header.tag == b'C' {
+            self.unnamed = None;
+            link.prepared.unnamed = None;
+            self.push_extended(expect);
+            return Ok(Verdict::Forward);
+        }
+        let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(name, out)) };
+        let verdict = match resolved {
+            Resolved::AsNamed => Verdict::Forward,
+            Resolved::Injected => {
+                out.extend_from_slice(frame);
+                Verdict::Replace
+            }
+            Resolved::Shared(statement) => {
+                message::describe(out, b'S', &statement.name);
+                Verdict::Replace
+            }
+        };
+        self.push_extended(expect);
+        Ok(verdict)
+    }
+
+    fn function_call(&mut self, frame: &[u8], out: &mut BytesMut) -> Verdict {
+        let oid = frame.get(HEADER..HEADER + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
+        self.open_group = false;
+        if oid.is_some_and(|oid| LARGE_OBJECT_FUNCTIONS.contains(&oid)) {
+            self.expects.push_back(Expect::Function);
+            return Verdict::Forward;
+        }
+        let error = PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "function calls by the fast path are refused")
+            .detail("pgusher passes on FunctionCall messages for large objects only.")
+            .hint("Call the function in a SELECT.");
+        self.refuse_query(error, out)
+    }
+
+    /// Lets the server reject a Query in the place of what the client sent.
+    fn refuse_query(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
+        message::query(out, REJECTED);
+        self.expects.push_back(Expect::RefusedQuery(Box::new(error)));
+        Verdict::Replace
+    }
+
+    /// Lets the server reject a Parse in the place of what the client sent.
+    fn refuse_parse(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
+        message::parse(out, b"", REJECTED.as_bytes(), &[0, 0]);
+        self.unnamed = None;
+        self.push_extended(Expect::RefusedParse(Box::new(error)));
+        Verdict::Replace
+    }
+
+    /// Gives the answers of ours whose turn it is.
+    #[inline]
+    pub fn flush_ours(&mut self, answers: &mut BytesMut) {
+        loop {
+            let tag = match self.expects.front() {
+                Some(Expect::OurParse(_)) => b'1',
+                Some(Expect::OurClose(_)) => b'3',
+                _ => return,
+            };
+            answers.extend_from_slice(&[tag, 0, 0, 0, 4]);
+            self.expects.pop_front();
+        }
+    }
+
+    /// Whether it is the turn of an answer of ours.
+    #[inline]
+    pub fn owes_answer(&self) -> bool {
+        matches!(self.expects.front(), Some(Expect::OurParse(_) | Expect::OurClose(_)))
+    }
+
+    /// How much of a server's frame has to be at hand for [`Session::on_server`].
+    #[inline]
+    pub fn needs_of_server(header: Header, limit: usize) -> usize {
+        match header.tag {
+            b'Z' | b'C' | b'E' | b'S' => header.total.min(limit),
+            _ => HEADER,
+        }
+    }
+
+    /// Decides about a server's frame. Answers of ours that follow it are for the caller to fetch by
+    /// [`Session::flush_ours`].
+    ///
+    /// # Errors
+    /// The server is out of step: the connection must be closed.
+    #[inline]
+    pub fn on_server(
+        &mut self,
+        header: Header,
+        frame: &[u8],
+        prepared: &mut Prepared,
+        out: &mut BytesMut,
+    ) -> Result<Verdict, Desync> {
+        match header.tag {
+            b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
+                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe)) {
+                    self.expects.pop_front();
+                }
+                Ok(Verdict::Forward)
+            }
+            b'Z' => self.ready(frame),
+            b'C' => {
+                self.complete(frame, prepared);
+                Ok(Verdict::Forward)
+            }
+            b'I' | b's' => {
+                if matches!(self.expects.front(), Some(Expect::Execute)) {
+                    self.expects.pop_front();
+                }
+                Ok(Verdict::Forward)
+            }
+            b'1' => match self.expects.pop_front() {
+                Some(Expect::Parse(_)) => Ok(Verdict::Forward),
+                Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
+                _ => Err(Desync(b'1')),
+            },
+            b'2' => self.pop(|e| matches!(e, Expect::Bind), b'2'),
+            b'3' => match self.expects.pop_front() {
+                Some(Expect::Close) => Ok(Verdict::Forward),
+                Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
+                _ => Err(Desync(b'3')),
+            },
+            b'E' => Ok(self.error(prepared, out)),
+            b'G' => {
+                self.begin_copy_in();
+                Ok(Verdict::Forward)
+            }
+            tag => Err(Desync(tag)),
+        }
+    }
+
+    fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
+        match self.expects.pop_front() {
+            Some(expect) if expected(&expect) => Ok(Verdict::Forward),
+            _ => Err(Desync(tag)),
+        }
+    }
+
+    fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
+        let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
+        self.status = status;
+        self.copy_in = false;
+        self.pop(|e| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_)), b'Z')
+    }
+
+    fn complete(&mut self, frame: &[u8], prepared: &mut Prepared) {
+        let tag = cstr(&frame[HEADER..]).map_or(&frame[HEADER..], |(tag, _)| tag);
+        if matches!(tag, b"DISCARD ALL" | b"DEALLOCATE ALL") {
+            self.named.clear();
+            prepared.clear();
+        }
+        if matches!(self.expects.front(), Some(Expect::Execute)) {
+            self.expects.pop_front();
+        }
+    }
+
+    /// An error: the server skips to the next Sync, unless it is in a simple Query, which ends by itself.
+    fn error(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+        self.copy_in = false;
+        let verdict = match self.expects.front() {
+            Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
+                message::error_response(out, error);
+                Verdict::Replace
+            }
+            _ => Verdict::Forward,
+        };
+        let ends_by_itself =
+            |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
+        if self.expects.front().is_none_or(ends_by_itself) {
+            // With nothing outstanding it can only be the server's farewell.
+            self.failed |= self.expects.is_empty() && self.open_group;
+            return verdict;
+        }
+        loop {
+            match self.expects.front() {
+                Some(Expect::Sync) => return verdict,
+                None => break,
+                Some(_) => {}
+            }
+            if let Some(skipped) = self.expects.pop_front() {
+                self.undo(skipped, prepared);
+            }
+        }
+        self.failed = true;
+        verdict
+    }
+
+    /// Takes back what was noted when a message was sent that the server has not carried out.
+    fn undo(&mut self, skipped: Expect, prepared: &mut Prepared) {
+        match skipped {
+            Expect::Parse(Some(undo)) => {
+                prepared.remove(undo.id);
+                self.named.remove(&undo.name);
+            }
+            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) => {
+                prepared.unnamed = None;
+                self.unnamed = None;
+            }
+            Expect::Injected(id) => prepared.remove(id),
+            Expect::OurParse(name) => {
+                self.named.remove(&name);
+            }
+            Expect::OurClose(Some(closed)) => {
+                self.named.insert(closed.0, closed.1);
+            }
+            // The server still has it under a name that we consider free: a reset makes it so.
+            Expect::InjectedClose => self.residue = true,
+            _ => {}
+        }
+    }
+
+    /// The server reads nothing but COPY messages now: a Sync that is already on its way is ignored there.
+    fn begin_copy_in(&mut self) {
+        let end = self.expects.iter().position(|e| matches!(e, Expect::CopyEnd));
+        self.copy_in = end.is_none();
+        let upto = end.unwrap_or(self.expects.len());
+        let mut at = 0;
+        self.expects.retain(|expect| {
+            let ignored = (at < upto && matches!(expect, Expect::Sync)) || Some(at) == end;
+            at += 1;
+            !ignored
+        });
+    }
+}
+
+enum Resolved {
+    /// The name means the same to the server.
+    AsNamed,
+    /// Under a name of ours.
+    Shared(Arc<Statement>),
+    /// The unnamed statement was parsed again; the output holds its Parse.
+    Injected,
+}
+
+/// The server sent what it does not owe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("unexpected message {:?} from the server", char::from(*.0))]
+pub struct Desync(pub u8);
+
+fn malformed(kind: &str) -> PgError {
+    PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid {kind} message"))
+}

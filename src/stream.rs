@@ -1,0 +1,349 @@
+//! A socket, plain or TLS, and the buffers that bytes in flight live in.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use bytes::BytesMut;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+/// A connected socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP, with `TCP_NODELAY`.
+    Tcp(TcpStream),
+    /// A Unix socket.
+    Unix(UnixStream),
+    /// Between two runtimes, see [`Stream::detach`]; every use fails.
+    Detached,
+}
+
+/// A socket with or without TLS.
+#[derive(Debug)]
+pub enum Stream {
+    /// Bytes as they are.
+    Plain(Socket),
+    /// TLS on top.
+    Tls(Box<TlsStream<Carrier>>),
+}
+
+/// A stream on its way from one runtime to another.
+#[derive(Debug)]
+pub struct Detached {
+    socket: DetachedSocket,
+    tls: Option<Box<TlsStream<Carrier>>>,
+}
+
+#[derive(Debug)]
+enum DetachedSocket {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Socket {
+    fn detached<T>() -> Poll<io::Result<T>> {
+        Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Detached => Self::detached(),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Detached => Self::detached(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Detached => Self::detached(),
+        }
+    }
+}
+
+/// What TLS runs on: a socket, and what was read from it before TLS was known to begin.
+#[derive(Debug)]
+pub struct Carrier {
+    socket: Socket,
+    early: Vec<u8>,
+}
+
+impl AsyncRead for Carrier {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.early.is_empty() {
+            return Pin::new(&mut self.socket).poll_read(cx, buf);
+        }
+        let n = self.early.len().min(buf.remaining());
+        buf.put_slice(&self.early[..n]);
+        self.early.drain(..n);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Carrier {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+impl Stream {
+    /// Whether TLS is up.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+
+    /// Whether a read may find something, without a buffer at hand. TLS cannot tell and says yes.
+    ///
+    /// Cancel safe; the task is woken when the answer changes.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(Socket::Tcp(s)) => s.poll_read_ready(cx),
+            Self::Plain(Socket::Unix(s)) => s.poll_read_ready(cx),
+            Self::Plain(Socket::Detached) => Socket::detached(),
+            Self::Tls(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Whether nothing has arrived that was not read yet, the end of the stream included. Costs no system call while
+    /// the socket is known to be drained.
+    pub fn is_quiet(&mut self) -> bool {
+        let mut byte = [0; 1];
+        let read = match self {
+            Self::Plain(Socket::Tcp(s)) => s.try_read(&mut byte),
+            Self::Plain(Socket::Unix(s)) => s.try_read(&mut byte),
+            Self::Plain(Socket::Detached) => return false,
+            Self::Tls(_) => return self.poll_fill(&mut Context::from_waker(Waker::noop()), &mut byte).is_pending(),
+        };
+        matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Reads into the free part of a buffer. `Ok(0)` is the end of the stream.
+    ///
+    /// A read that does not fill the buffer leaves the socket marked as drained, so that the next call costs no system
+    /// call that could only answer EAGAIN.
+    pub fn poll_fill(&mut self, cx: &mut Context<'_>, free: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buf = ReadBuf::new(free);
+        let done = match self {
+            Self::Plain(s) => Pin::new(s).poll_read(cx, &mut buf),
+            Self::Tls(s) => Pin::new(s.as_mut()).poll_read(cx, &mut buf),
+        };
+        done.map_ok(|()| buf.filled().len())
+    }
+
+    /// Writes some of the bytes.
+    pub fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Plain(s) => Pin::new(s).poll_write(cx, bytes),
+            Self::Tls(s) => Pin::new(s.as_mut()).poll_write(cx, bytes),
+        }
+    }
+
+    /// Pushes out what TLS has sealed but the socket not yet taken.
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(_) => Poll::Ready(Ok(())),
+            Self::Tls(s) => Pin::new(s.as_mut()).poll_flush(cx),
+        }
+    }
+
+    /// Appends what arrives to `buf`, at most `limit` bytes at once. `Ok(0)` is the end of the stream. Cancel safe.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn read_some(&mut self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
+        let mut scratch = [0; 4096];
+        let limit = limit.min(scratch.len());
+        let n = poll_fn(|cx| self.poll_fill(cx, &mut scratch[..limit])).await?;
+        buf.extend_from_slice(&scratch[..n]);
+        Ok(n)
+    }
+
+    /// Writes all of the bytes. Not cancel safe.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn send_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match poll_fn(|cx| self.poll_send(cx, bytes)).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => bytes = &bytes[n..],
+            }
+        }
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// Says goodbye as TLS wants it and closes the sending side.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn shutdown(&mut self) -> io::Result<()> {
+        poll_fn(|cx| match self {
+            Self::Plain(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Tls(s) => Pin::new(s.as_mut()).poll_shutdown(cx),
+        })
+        .await
+    }
+
+    /// TLS as the server side. `early` is what has been read of the client's hello.
+    ///
+    /// # Errors
+    /// A handshake that failed, or TLS being up already.
+    pub async fn accept_tls(self, config: Arc<rustls::ServerConfig>, early: Vec<u8>) -> io::Result<Self> {
+        let Self::Plain(socket) = self else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let tls = TlsAcceptor::from(config).accept(Carrier { socket, early }).await?;
+        Ok(Self::Tls(Box::new(TlsStream::Server(tls))))
+    }
+
+    /// TLS as the client side.
+    ///
+    /// # Errors
+    /// A handshake that failed, or TLS being up already.
+    pub async fn connect_tls(
+        self,
+        config: Arc<rustls::ClientConfig>,
+        name: rustls::pki_types::ServerName<'static>,
+    ) -> io::Result<Self> {
+        let Self::Plain(socket) = self else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let tls = TlsConnector::from(config).connect(name, Carrier { socket, early: Vec::new() }).await?;
+        Ok(Self::Tls(Box::new(TlsStream::Client(tls))))
+    }
+
+    /// The server's side of TLS, to read the name that the client asked for and the protocol agreed on.
+    pub fn tls_session(&self) -> Option<&rustls::ServerConnection> {
+        match self {
+            Self::Tls(tls) => match tls.as_ref() {
+                TlsStream::Server(tls) => Some(tls.get_ref().1),
+                TlsStream::Client(_) => None,
+            },
+            Self::Plain(_) => None,
+        }
+    }
+
+    /// The channel binding data of the certificate that the other side has shown.
+    pub fn server_end_point(&self) -> Option<Vec<u8>> {
+        let Self::Tls(tls) = self else { return None };
+        let certificate = tls.get_ref().1.peer_certificates()?.first()?;
+        crate::tls::server_end_point(certificate)
+    }
+
+    /// Takes the stream out of this runtime, so that another one can [attach](Detached::attach) it.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn detach(self) -> io::Result<Detached> {
+        let (socket, tls) = match self {
+            Self::Plain(socket) => (socket, None),
+            Self::Tls(mut tls) => (std::mem::replace(&mut tls.get_mut().0.socket, Socket::Detached), Some(tls)),
+        };
+        let socket = match socket {
+            Socket::Tcp(s) => DetachedSocket::Tcp(s.into_std()?),
+            Socket::Unix(s) => DetachedSocket::Unix(s.into_std()?),
+            Socket::Detached => return Err(io::ErrorKind::NotConnected.into()),
+        };
+        Ok(Detached { socket, tls })
+    }
+}
+
+impl Detached {
+    /// Puts the stream into the runtime of the calling task.
+    ///
+    /// # Errors
+    /// Those of registering the socket.
+    pub fn attach(self) -> io::Result<Stream> {
+        let socket = match self.socket {
+            DetachedSocket::Tcp(s) => Socket::Tcp(TcpStream::from_std(s)?),
+            DetachedSocket::Unix(s) => Socket::Unix(UnixStream::from_std(s)?),
+        };
+        Ok(match self.tls {
+            None => Stream::Plain(socket),
+            Some(mut tls) => {
+                tls.get_mut().0.socket = socket;
+                Stream::Tls(tls)
+            }
+        })
+    }
+}
+
+/// Relay buffers of one worker. A connection holds one only while bytes are in flight.
+#[derive(Debug)]
+pub struct Buffers {
+    free: Mutex<Vec<Box<[u8]>>>,
+    texts: Mutex<Vec<BytesMut>>,
+    size: usize,
+}
+
+/// Free buffers kept for the next taker.
+const KEEP: usize = 64;
+
+impl Buffers {
+    /// Buffers of `size` bytes.
+    pub fn new(size: usize) -> Self {
+        Self { free: Mutex::new(Vec::with_capacity(KEEP)), texts: Mutex::default(), size }
+    }
+
+    /// Size of a buffer in bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// A buffer; its content is whatever the last user left.
+    pub fn take(&self) -> Box<[u8]> {
+        self.free.lock().pop().unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
+    }
+
+    /// Takes a buffer back; one that has grown is freed.
+    pub fn give(&self, buffer: Box<[u8]>) {
+        if buffer.len() == self.size {
+            let mut free = self.free.lock();
+            if free.len() < KEEP {
+                free.push(buffer);
+            }
+        }
+    }
+
+    /// An empty buffer to write messages into.
+    pub fn take_text(&self) -> BytesMut {
+        self.texts.lock().pop().unwrap_or_else(|| BytesMut::with_capacity(1024))
+    }
+
+    /// Takes it back; one that has grown large is freed.
+    pub fn give_text(&self, mut text: BytesMut) {
+        text.clear();
+        if (1..=self.size).contains(&text.capacity()) {
+            let mut texts = self.texts.lock();
+            if texts.len() < KEEP {
+                texts.push(text);
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+-- Once per database that holds tenants of plan `schema`, as superuser. May be run again at any time.
+
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+
+-- Extensions that tenants may use are installed by the operator into a schema that nobody can write to.
+CREATE SCHEMA IF NOT EXISTS extensions;
+GRANT USAGE ON SCHEMA extensions TO PUBLIC;
+
+-- Shared name spaces and windows onto other tenants, as far as they can be closed without breaking psql's \d,
+-- information_schema, pg_dump of a schema, or the introspection of the usual frameworks. Functions that this version
+-- of PostgreSQL does not have are not found, and so skipped.
+-- Large-object functions stay: drivers use them, objects belong to the role that made them, and lo_import and
+-- lo_export (files of the server) are for superusers anyway.
+-- pg_get_ruledef stays: psql's \d+ of a view calls it, and pg_get_viewdef shows as much.
+DO $$
+DECLARE
+  found record;
+BEGIN
+  FOR found IN
+    SELECT p.oid::pg_catalog.regprocedure AS name FROM pg_catalog.pg_proc p
+    WHERE p.pronamespace = 'pg_catalog'::pg_catalog.regnamespace AND (
+         p.proname ~ '^pg_(try_)?advisory_'
+      OR p.proname ~ '^(query|cursor|table|schema|database)_to_xml'
+      OR p.proname ~ '^pg_stat_get_'
+      OR p.proname IN (
+           'pg_notify', 'pg_notification_queue_usage', 'pg_partition_tree', 'pg_lock_status', 'pg_prepared_xact',
+           'pg_blocking_pids', 'pg_safe_snapshot_blocking_pids', 'pg_current_wal_lsn', 'pg_current_wal_insert_lsn',
+           'pg_current_wal_flush_lsn', 'pg_last_committed_xact', 'pg_xact_commit_timestamp', 'pg_export_snapshot',
+           'pg_get_multixact_members', 'currtid2', 'pg_sequence_last_value', 'ts_stat'))
+  LOOP
+    EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found.name);
+  END LOOP;
+  FOR found IN
+    SELECT c.oid::pg_catalog.regclass AS name FROM pg_catalog.pg_class c
+    WHERE c.relnamespace = 'pg_catalog'::pg_catalog.regnamespace AND c.relkind = 'v'
+      AND (c.relname ~ '^pg_stat' OR c.relname IN ('pg_locks', 'pg_prepared_xacts', 'pg_rules'))
+  LOOP
+    EXECUTE format('REVOKE ALL ON %s FROM PUBLIC', found.name);
+  END LOOP;
+END $$;
+
+REVOKE ALL ON pg_catalog.pg_db_role_setting, pg_catalog.pg_shdescription, pg_catalog.pg_largeobject_metadata
+  FROM PUBLIC;
+REVOKE UPDATE ON pg_catalog.pg_settings FROM PUBLIC;
+
+-- A key space of advisory locks per tenant, so that migration tools of two tenants do not wait for each other. The
+-- functions have the names of PostgreSQL's own, which were revoked above, and stand before them on a tenant's path.
+CREATE SCHEMA IF NOT EXISTS tenant_shim;
+GRANT USAGE ON SCHEMA tenant_shim TO PUBLIC;
+
+DO $$
+DECLARE
+  found record;
+  key text;
+BEGIN
+  FOR found IN
+    SELECT p.proname, p.pronargs, p.prorettype::pg_catalog.regtype AS returns,
+           pg_catalog.pg_get_function_identity_arguments(p.oid) AS arguments
+    FROM pg_catalog.pg_proc p
+    WHERE p.pronamespace = 'pg_catalog'::pg_catalog.regnamespace AND p.proname ~ '^pg_(try_)?advisory_'
+  LOOP
+    key := CASE found.pronargs
+      WHEN 1 THEN 'pg_catalog.hashtextextended(session_user::text, $1)'
+      WHEN 2 THEN 'pg_catalog.hashtextextended(session_user::text || $1::text || '','' || $2::text, 1)'
+      ELSE '' END;
+    EXECUTE format(
+      'CREATE OR REPLACE FUNCTION tenant_shim.%I(%s) RETURNS %s LANGUAGE sql VOLATILE SECURITY DEFINER '
+      'SET search_path = pg_catalog AS $f$ SELECT pg_catalog.%I(%s) $f$',
+      found.proname, found.arguments, found.returns, found.proname, key);
+  END LOOP;
+END $$;
