@@ -35,7 +35,9 @@ impl Logging {
     /// [`LoggingError`]
     pub fn start(log: &Log) -> Result<Self, LoggingError> {
         let (filter, handle) = reload::Layer::new(filter(log)?);
-        let layer = fmt::layer().with_writer(std::io::stderr);
+        // A log that nobody reads any more (a closed pipe) must not end the process: no complaint about it, since that
+        // would go to the same place and panic there.
+        let layer = fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
         let layer = match log.format {
             LogFormat::Text => {
                 use std::io::IsTerminal as _;

@@ -12,8 +12,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Purpose};
-use crate::control::cli as control;
 use crate::control::records::ShardRecord;
+use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
 use logging::Logging;
@@ -78,7 +78,7 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum TenantCommand {
-    /// Make a tenant and print its DSN
+    /// Make a tenant
     Create {
         #[command(flatten)]
         config: ConfigFile,
@@ -101,10 +101,10 @@ enum TenantCommand {
         /// Print at most so many
         #[arg(long)]
         limit: Option<u32>,
-        /// Print deleted ones too
+        /// Deleted ones too
         #[arg(long)]
         deleted: bool,
-        /// Print a line of JSON for each
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
@@ -139,11 +139,11 @@ enum ShardCommand {
     List {
         #[command(flatten)]
         config: ConfigFile,
-        /// Print a line of JSON for each
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Add a shard; existing tenants stay where they are
+    /// Add a shard, or change one; existing tenants stay where they are
     Add(#[command(flatten)] ShardAdd),
 }
 
@@ -183,9 +183,13 @@ struct Failure {
     hint: Option<String>,
 }
 
-impl<E: std::error::Error> From<E> for Failure {
+impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { message: error.to_string(), hint: None }
+        let hint = match (&error as &dyn std::error::Error).downcast_ref::<ControlError>() {
+            Some(ControlError::Failed(error)) => error.hint.clone(),
+            _ => None,
+        };
+        Self { message: error.to_string(), hint }
     }
 }
 
@@ -337,7 +341,8 @@ async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {
     let text = match command {
         ShardCommand::List { config, json } => control::shard_list(&control_config(&config)?, json).await?,
         ShardCommand::Add(add) => {
-            let record = ShardRecord {
+            let config = control_config(&add.config)?;
+            let shard = ShardRecord {
                 name: add.name,
                 host: add.host,
                 port: add.port,
@@ -347,7 +352,7 @@ async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {
                 max_db_connections: add.max_db_connections,
                 tenants: 0,
             };
-            control::shard_add(&control_config(&add.config)?, &record, add.json).await?
+            control::shard_add(&config, &shard, add.json).await?
         }
     };
     print!("{text}");

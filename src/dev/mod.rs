@@ -233,8 +233,6 @@ fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cl
             ..ShardConfig::default()
         })
         .collect();
-    config.catalog.user = "postgres".to_owned();
-    config.catalog.password = password.clone();
     config.provision.admin_user = "postgres".to_owned();
     config.provision.admin_password = password;
     let or = |given: &mut Secret, ours: &str| {
@@ -297,12 +295,11 @@ async fn provision(server: &Server, tenants: &[TenantId]) -> Result<Vec<Seat>, D
     let control = server.control();
     let mut seats = Vec::with_capacity(tenants.len());
     for id in tenants {
-        let tenant = control
-            .directory()
-            .ensure(id, "pgusher dev")
+        let record = control
+            .create(id, "pgusher dev", None)
             .await
             .map_err(|error| DevError::Provision { tenant: id.clone(), error })?;
-        seats.push(Seat { id: id.clone(), shard: tenant.shard.name.clone(), schema: tenant.plan.schema(id) });
+        seats.push(Seat { id: id.clone(), shard: record.shard, schema: record.schema });
     }
     Ok(seats)
 }
