@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio_postgres::error::SqlState;
 
 use super::admin::{Admin, failed};
-use super::provision::{Place, lock_tenant};
+use super::provision::{Place, known_plan, lock_tenant};
 use super::records::TenantRecord;
 use super::{Control, records};
 use crate::error::{PgError, sqlstate};
@@ -45,7 +45,7 @@ impl Control {
         self.sync().await;
         self.traffic.close_tenant(id, super::closing(id, crate::directory::catalog::Change::Gone));
         self.storage.remove(id.as_str());
-        let plan = record.plan().unwrap_or(self.config.provision.plan);
+        let plan = known_plan(&record)?;
         self.drop_place(id, &record, plan).await?;
         self.bury(id, who).await?;
         self.sync().await;

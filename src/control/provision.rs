@@ -93,7 +93,8 @@ impl Control {
     fn join_flight(self: &Arc<Self>, id: &TenantId, who: &str, wanted: Wanted) -> watch::Receiver<Outcome> {
         let key = (id.clone(), wanted);
         let mut flights = self.flights.0.lock();
-        if let Some(flight) = flights.get(&key) {
+        // One whose task died without an outcome is not waited for.
+        if let Some(flight) = flights.get(&key).filter(|flight| flight.has_changed().is_ok()) {
             return flight.clone();
         }
         let (sender, receiver) = watch::channel(None);
@@ -206,7 +207,7 @@ impl Control {
 
     /// Makes the place and activates the tenant; `false` if the row turned out to be somebody else's by now.
     async fn build(&self, id: &TenantId, record: &TenantRecord, attempt: i64, who: &str) -> Result<bool, BuildError> {
-        let plan = record.plan().unwrap_or(self.config.provision.plan);
+        let plan = known_plan(record)?;
         let template = self.load_template().await?;
         let (server, client) = self.verifiers(id, &record.role).await?;
         self.ensure_setup(&record.shard, &record.database).await?;
@@ -311,6 +312,15 @@ impl Control {
             tracing::warn!(tenant = %id, %error, "a row of a tenant that could not be made stays until it is wanted again");
         }
     }
+}
+
+/// The plan in the row; a newer pgusher may know more of them.
+pub(super) fn known_plan(record: &TenantRecord) -> Result<Plan, PgError> {
+    record.plan().ok_or_else(|| {
+        let message =
+            format!("tenant \"{}\" has plan \"{}\", which this pgusher does not know", record.id, record.plan);
+        PgError::fatal(sqlstate::INTERNAL, message)
+    })
 }
 
 /// Waits for the tenant's lock on its shard: `pg_advisory_xact_lock` or `pg_advisory_lock`. Taken with the original
