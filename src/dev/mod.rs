@@ -223,7 +223,11 @@ fn stop_clusters(clusters: Vec<Cluster>) {
 /// Puts what `dev` decides over what the configuration says.
 fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cluster]) -> Result<Config, DevError> {
     let password = Secret::new(&data.state.postgres_password);
-    config.proxy.listen_port = options.port;
+    // A number rather than 0: the API hands out DSNs with the port that the configuration names.
+    config.proxy.listen_port = match options.port {
+        0 => ports::pick().map_err(|source| DevError::Io { path: "127.0.0.1".into(), source })?,
+        port => port,
+    };
     config.shards = clusters
         .iter()
         .map(|cluster| ShardConfig {
