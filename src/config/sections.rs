@@ -279,8 +279,8 @@ impl Default for Pool {
     fn default() -> Self {
         Self {
             pool_mode: PoolMode::Session,
-            default_pool_size: 20,
-            max_db_connections: 100,
+            default_pool_size: 50,
+            max_db_connections: 80,
             query_wait_timeout: secs(120),
             server_idle_timeout: secs(600),
             server_lifetime: secs(3600),

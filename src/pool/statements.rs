@@ -6,7 +6,7 @@
 use std::borrow::Borrow;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -24,6 +24,8 @@ pub struct Statement {
     pub body: Box<[u8]>,
     /// Whether running it may leave something behind in the session.
     pub leaves_state: bool,
+    /// Whether a server has accepted it.
+    pub accepted: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -66,6 +68,12 @@ impl Registry {
         Self { next, known: Mutex::default() }
     }
 
+    /// The statement with this body, if a server has accepted it before.
+    pub fn accepted(&self, body: &[u8]) -> Option<Arc<Statement>> {
+        let known = self.known.lock();
+        known.get(body).map(|ByBody(statement)| statement.clone()).filter(|s| s.accepted.load(Ordering::Relaxed))
+    }
+
     /// The statement with this body (see [`Statement::body`]); `leaves_state` is asked only when it is new.
     pub fn intern(&self, body: &[u8], leaves_state: impl FnOnce() -> bool) -> Arc<Statement> {
         let mut known = self.known.lock();
@@ -77,7 +85,7 @@ impl Registry {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let statement = Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state() });
+        let statement = Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state(), accepted: false.into() });
         known.insert(ByBody(statement.clone()));
         statement
     }

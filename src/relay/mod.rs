@@ -214,17 +214,13 @@ impl Relay {
                 Poll::Ready(Signal::CancelWait) => continue,
                 Poll::Pending => {}
             }
-            if self.down.has_output() {
-                match self.poll_send_down(cx) {
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(_)) => return Poll::Ready(Next::Leave(End::Lost)),
-                    Poll::Pending => {}
-                }
-            }
             match self.look_for_request() {
                 Ok(Some(next)) => return Poll::Ready(next),
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Next::Leave(End::Told(error))),
+            }
+            if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
+                return Poll::Ready(Next::Leave(End::Lost));
             }
             match self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Next::Leave(End::Left)),
@@ -250,12 +246,27 @@ impl Relay {
                 // What is left of a COPY that the server has broken off.
                 b'd' | b'c' | b'f' => self.up.swallow(header.total),
                 _ => {
+                    if header.tag == b'P' && self.prepare_alone() {
+                        continue;
+                    }
+                    let unseen = self.up.unseen();
                     let limit = self.worker.buffers.size();
                     let needed = self.session.needs(header, unseen, limit, self.client.rules.max_packet_size)?;
                     return Ok((unseen.len() >= needed).then_some(Next::Request));
                 }
             }
         }
+    }
+
+    /// See [`Session::prepare_alone`].
+    fn prepare_alone(&mut self) -> bool {
+        let mut answers = BytesMut::new();
+        let Some(done) = self.session.prepare_alone(self.up.unseen(), &self.pool.statements, &mut answers) else {
+            return false;
+        };
+        self.up.swallow(done);
+        self.down.out(&self.worker.buffers).extend_from_slice(&answers);
+        true
     }
 
     /// Borrows a server connection. `Ok(None)`: the request was answered with an error and the client goes on.

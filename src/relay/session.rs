@@ -10,13 +10,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
 use super::scan;
 use crate::error::{PgError, sqlstate};
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
-use crate::wire::frame::{HEADER, Header, cstr};
+use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
@@ -80,7 +81,7 @@ enum Expect {
 struct ParseUndo {
     name: Box<[u8]>,
     /// The statement that was noted as prepared on the server connection.
-    id: u64,
+    statement: Arc<Statement>,
 }
 
 /// The state of one client's conversation.
@@ -281,9 +282,31 @@ impl Session {
         }
         self.make_room(&statement, max, link, out);
         message::parse_with(out, &statement.name, &statement.body);
-        let undo = ParseUndo { name: name.into(), id: statement.id };
+        let undo = ParseUndo { name: name.into(), statement };
         self.push_extended(Expect::Parse(Some(Box::new(undo))));
         Ok(Verdict::Replace)
+    }
+
+    /// Answers a Parse of a named statement and the Sync behind it without a server, outside a transaction, if a server
+    /// has accepted the same statement before. Returns the number of bytes answered.
+    ///
+    /// It spares a round trip, and a client that prepares while every server connection is in use by others that wait
+    /// for the same thread of the application (as in pgbench) does not block it.
+    pub fn prepare_alone(&mut self, unseen: &[u8], registry: &Registry, answers: &mut BytesMut) -> Option<usize> {
+        let Statements::Shared(_) = self.statements else { return None };
+        let header = frame::header(unseen).ok()??;
+        let sync = unseen.get(header.total..header.total + HEADER)?;
+        if header.tag != b'P' || sync != [b'S', 0, 0, 0, 4] || !self.is_idle() {
+            return None;
+        }
+        let (name, body) = cstr(&unseen[HEADER..header.total])?;
+        if name.is_empty() || self.named.contains_key(name) {
+            return None;
+        }
+        self.named.insert(name.into(), registry.accepted(body)?);
+        answers.extend_from_slice(&[b'1', 0, 0, 0, 4]);
+        message::ready_for_query(answers, b'I');
+        Some(header.total + HEADER)
     }
 
     fn remember_unnamed(&mut self, body: Option<&[u8]>) {
@@ -521,7 +544,12 @@ impl Session {
                 Ok(Verdict::Forward)
             }
             b'1' => match self.expects.pop_front() {
-                Some(Expect::Parse(_)) => Ok(Verdict::Forward),
+                Some(Expect::Parse(parsed)) => {
+                    if let Some(parsed) = parsed {
+                        parsed.statement.accepted.store(true, Ordering::Relaxed);
+                    }
+                    Ok(Verdict::Forward)
+                }
                 Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
@@ -600,7 +628,7 @@ impl Session {
     fn undo(&mut self, skipped: Expect, prepared: &mut Prepared) {
         match skipped {
             Expect::Parse(Some(undo)) => {
-                prepared.remove(undo.id);
+                prepared.remove(undo.statement.id);
                 self.named.remove(&undo.name);
             }
             Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) => {
