@@ -85,7 +85,8 @@ impl Registry {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let statement = Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state(), accepted: false.into() });
+        let statement =
+            Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state(), accepted: false.into() });
         known.insert(ByBody(statement.clone()));
         statement
     }

@@ -218,6 +218,7 @@ const KEYWORDS: &[&[u8]] = &[
     b"char",
     b"character",
     b"check",
+    b"conflict",
     b"cube",
     b"decimal",
     b"default",
