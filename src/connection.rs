@@ -118,9 +118,8 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
     let timeout = settled.client_login_timeout;
     let deadline = tokio::time::Instant::now() + timeout;
-    let opened = match tokio::time::timeout_at(deadline, login::open(stream, tls)).await {
-        Ok(opened) => opened,
-        Err(_) => return tracing::debug!(%peer, "client_login_timeout before the startup packet"),
+    let Ok(opened) = tokio::time::timeout_at(deadline, login::open(stream, tls)).await else {
+        return tracing::debug!(%peer, "client_login_timeout before the startup packet");
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,

@@ -176,7 +176,7 @@ async fn a_new_tenant_finds_its_tables_and_nothing_else() {
     let password = server_password(SECRET, &on_one[0]);
     assert!(!one.log().contains(&password));
     // Storage is measured.
-    until("measuring storage", || proxy.control.storage().len() == 24).await;
+    until("measuring storage", || proxy.control.largest_tenants().len() == 24).await;
     proxy.stop().await;
 }
 
@@ -414,10 +414,10 @@ async fn a_restored_catalog_and_a_tenant_that_locks_its_tables_disturb_nobody() 
     held.batch_execute("TRUNCATE bookings").await.unwrap();
     let proxy = Proxy::start(config).await;
     assert_eq!(count(&catalog, "SELECT count(*) FROM pgusher.tenants WHERE changed_in = '99999999999'").await, 0);
-    until("measuring the other", || proxy.control.storage().contains_key("b")).await;
-    assert!(!proxy.control.storage().contains_key("a"));
+    until("measuring the other", || proxy.control.storage_of("b").is_some()).await;
+    assert!(proxy.control.storage_of("a").is_none());
     held.rollback().await.unwrap();
-    until("measuring it", || proxy.control.storage().contains_key("a")).await;
+    until("measuring it", || proxy.control.storage_of("a").is_some()).await;
     proxy.stop().await;
 }
 

@@ -114,10 +114,10 @@ impl Connector {
     }
 
     fn dialer(&self, shard: &Arc<Shard>) -> Arc<Dialer> {
-        if let Some(dialer) = self.dialers.get(&shard.name) {
-            if dialer.shard == *shard {
-                return dialer.clone();
-            }
+        if let Some(dialer) = self.dialers.get(&shard.name)
+            && dialer.shard == *shard
+        {
+            return dialer.clone();
         }
         let dialer = Arc::new(Dialer { shard: shard.clone(), tls: self.tls.clone() });
         self.dialers.insert(shard.name.clone(), dialer.clone());

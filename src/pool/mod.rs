@@ -73,6 +73,7 @@ pub struct Pool {
 }
 
 #[derive(Default)]
+#[expect(clippy::vec_box, reason = "a connection moves at every checkout: a pointer is cheaper than its fields")]
 struct State {
     /// Most recently used last.
     idle: Vec<Box<ServerConnection>>,
@@ -132,10 +133,11 @@ impl Pools {
     ///
     /// Its connections live in the runtime that calls this first.
     pub fn get(&self, tenant: &Arc<Tenant>) -> Arc<Pool> {
-        if let Some(pool) = self.pools.get(&tenant.id) {
-            if pool.tenant.epoch == tenant.epoch && !pool.state.lock().retired {
-                return pool.clone();
-            }
+        if let Some(pool) = self.pools.get(&tenant.id)
+            && pool.tenant.epoch == tenant.epoch
+            && !pool.state.lock().retired
+        {
+            return pool.clone();
         }
         let pool = Arc::new(Pool {
             tenant: tenant.clone(),
@@ -502,8 +504,8 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 
 impl State {
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
-        let same = |conn: &Box<ServerConnection>| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
-        self.idle.iter().rposition(same)
+        let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
+        self.idle.iter().rposition(|conn| same(conn))
     }
 
     /// Whether [`State::take_idle`] would find something.

@@ -478,10 +478,10 @@ impl Relay {
     fn poll_up(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Option<Outcome>> {
         let mut moved = false;
         loop {
-            if !self.up.has_output() {
-                if let Err(outcome) = self.scan_client(lease) {
-                    return Poll::Ready(Some(outcome));
-                }
+            if !self.up.has_output()
+                && let Err(outcome) = self.scan_client(lease)
+            {
+                return Poll::Ready(Some(outcome));
             }
             if self.up.has_output() {
                 let conn = lease.conn();
@@ -644,12 +644,12 @@ impl Relay {
         if let Some(since) = self.query_since.take() {
             stats.query_time.observe(now.duration_since(since));
         }
-        if self.session.status() == b'I' {
-            if let Some(since) = self.transaction_since.take() {
-                stats.transactions.fetch_add(1, Ordering::Relaxed);
-                self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
-                stats.transaction_time.observe(now.duration_since(since));
-            }
+        if self.session.status() == b'I'
+            && let Some(since) = self.transaction_since.take()
+        {
+            stats.transactions.fetch_add(1, Ordering::Relaxed);
+            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            stats.transaction_time.observe(now.duration_since(since));
         }
         self.ready_at = now;
     }

@@ -71,11 +71,14 @@ enum Expect {
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
     OurParse(Box<[u8]>),
     /// CloseComplete, which we give ourselves when its turn comes; what was closed, should it be skipped.
-    OurClose(Option<Box<(Box<[u8]>, Arc<Statement>)>>),
+    OurClose(Option<Box<Closed>>),
     /// Bound to fail; the client gets this instead of the server's error. A Query, or a Parse.
     RefusedQuery(Box<PgError>),
     RefusedParse(Box<PgError>),
 }
+
+/// A closed statement's name and what it meant.
+type Closed = (Box<[u8]>, Arc<Statement>);
 
 #[derive(Debug)]
 struct ParseUndo {
