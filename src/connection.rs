@@ -334,7 +334,7 @@ async fn greet(
             return Err(Some(error));
         }
     };
-    let params = params.with("application_name", &name);
+    let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let key = {
         let signals = signals.clone();

@@ -32,7 +32,7 @@ use crate::tenant::Status;
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 use flow::Flow;
-use session::{Link, Session, Statements, Verdict};
+use session::{Link, Session, Verdict};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -137,8 +137,10 @@ struct Relay {
     ready_at: Instant,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
-    /// The server takes no more, or has sent its farewell.
+    /// The server takes no more.
     server_deaf: bool,
+    /// The server has said why it closes.
+    farewell: bool,
 }
 
 /// What a client does next.
@@ -158,11 +160,7 @@ enum Outcome {
 
 impl Relay {
     fn new(mut client: Client, worker: Arc<Worker>) -> Self {
-        let statements = match (client.rules.pool_mode, client.rules.max_prepared_statements) {
-            (PoolMode::Transaction, max) if max > 0 => Statements::Shared(max),
-            _ => Statements::PassThrough,
-        };
-        let session = Session::new(client.id, statements);
+        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
         let up = Flow::preload(&std::mem::take(&mut client.early));
         Self {
@@ -179,6 +177,7 @@ impl Relay {
             ready_at: Instant::now(),
             leaving: false,
             server_deaf: false,
+            farewell: false,
         }
     }
 
@@ -325,10 +324,10 @@ impl Relay {
     async fn refuse_request(&mut self, mut error: PgError) -> Result<(), End> {
         self.worker.metrics.count_error(&error.code, "proxy");
         error.severity = crate::error::Severity::Error;
+        // At once: a client that has sent a Flush sends its Sync only when it has seen the error.
+        message::error_response(self.down.out(&self.worker.buffers), &error);
         poll_fn(|cx| self.poll_skip_request(cx)).await?;
-        let out = self.down.out(&self.worker.buffers);
-        message::error_response(out, &error);
-        message::ready_for_query(out, b'I');
+        message::ready_for_query(self.down.out(&self.worker.buffers), b'I');
         Ok(())
     }
 
@@ -351,6 +350,12 @@ impl Relay {
                 self.up.swallow(header.total);
                 continue;
             }
+            if let Poll::Ready(Signal::Kill(reason) | Signal::Drain(reason)) = self.client.signals.poll(cx) {
+                return Poll::Ready(Err(End::Told(reason)));
+            }
+            if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
+                return Poll::Ready(Err(End::Lost));
+            }
             match std::task::ready!(self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers)) {
                 Ok(0) => return Poll::Ready(Err(End::Left)),
                 Ok(n) => self.count_client_in(n),
@@ -366,7 +371,7 @@ impl Relay {
         }
         self.client.key.entry.bind(lease.conn().cancel_target());
         self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
-        (self.waits, self.server_deaf) = (Waits::Nobody, false);
+        (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
         let outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
         self.client.key.entry.unbind();
@@ -384,7 +389,7 @@ impl Relay {
                 Some(End::Lost)
             }
             // Its own words, if it had any, are on their way to the client.
-            Outcome::ServerGone if self.server_deaf && !self.down.in_frame() => {
+            Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
                 poll_fn(|cx| self.poll_send_down(cx)).await.ok();
                 Some(End::Server)
             }
@@ -547,6 +552,11 @@ impl Relay {
                     scratch.clear();
                     self.up.replace(seen, header.total - seen);
                 }
+                Verdict::Instead => {
+                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.up.swallow(header.total);
+                }
             }
             if self.session.owes_answer() {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
@@ -609,14 +619,14 @@ impl Relay {
                     }
                     self.client.params = conn.params.clone();
                 }
-                b'E' => self.server_deaf |= note_error(&self.worker, &self.client, frame),
+                b'E' => self.farewell |= note_error(&self.worker, &self.client, frame),
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
             match verdict.map_err(|desync| out_of_step(&desync))? {
                 Verdict::Forward => self.down.approve(header.total),
                 Verdict::Swallow => self.down.swallow(header.total),
-                Verdict::Replace => {
+                Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
                     self.down.swallow(header.total);
@@ -722,8 +732,12 @@ impl Relay {
         if !self.down.mid_frame() {
             message::error_response(self.down.out(buffers), &farewell);
         }
-        let send = poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers));
-        let _ = tokio::time::timeout(FAREWELL, send).await;
+        let goodbye = async {
+            poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers)).await?;
+            self.client.stream.shutdown().await
+        };
+        // It is going anyway.
+        let _ = tokio::time::timeout(FAREWELL, goodbye).await;
     }
 }
 
