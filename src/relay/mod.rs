@@ -111,13 +111,16 @@ pub enum End {
 }
 
 /// Serves the client until it leaves. Dropping the future closes both connections.
-pub async fn run(client: Client, worker: Arc<Worker>) -> End {
+pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+    // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, worker);
-    let end = relay.serve().await;
-    if let End::Told(error) = &end {
-        relay.say_goodbye(error).await;
+    async move {
+        let end = relay.serve().await;
+        if let End::Told(error) = &end {
+            Box::pin(relay.say_goodbye(error)).await;
+        }
+        end
     }
-    end
 }
 
 struct Relay {
@@ -187,10 +190,16 @@ impl Relay {
                 Next::Request => {}
                 Next::Leave(end) => return end,
             }
-            let lease = match self.checkout().await {
-                Ok(Some(lease)) => lease,
-                Ok(None) => continue,
-                Err(error) => return error,
+            if let Err(error) = self.route() {
+                return End::Told(error);
+            }
+            let lease = match self.pool.try_checkout(&self.client.settings) {
+                Some(lease) => lease,
+                None => match Box::pin(self.checkout()).await {
+                    Ok(Some(lease)) => lease,
+                    Ok(None) => continue,
+                    Err(end) => return end,
+                },
             };
             if let Some(end) = self.lend(lease).await {
                 return end;
@@ -366,7 +375,9 @@ impl Relay {
 
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
     async fn lend(&mut self, mut lease: Lease) -> Option<End> {
-        if let Err(end) = self.carry_settings(&mut lease).await {
+        if !Arc::ptr_eq(&lease.conn().params, &self.client.params)
+            && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await
+        {
             return Some(end);
         }
         self.client.key.entry.bind(lease.conn().cancel_target());
@@ -414,9 +425,6 @@ impl Relay {
     /// client's first byte is sent.
     async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
         let conn = lease.conn();
-        if Arc::ptr_eq(&conn.params, &self.client.params) {
-            return Ok(());
-        }
         if let Some(script) = conn.params.script_to(&self.client.params) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
