@@ -117,6 +117,10 @@ pub async fn run(client: Client, worker: Arc<Worker>) -> End {
     if let End::Told(error) = &end {
         relay.say_goodbye(error).await;
     }
+    // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
+    if relay.client.stream.is_tls() && matches!(end, End::Server | End::Told(_)) {
+        let _ = tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await;
+    }
     end
 }
 
