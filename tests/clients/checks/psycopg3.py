@@ -159,6 +159,27 @@ with check("pool: 8 threads share 3 connections, checked before use"):
         with pool.connection() as connection:
             equal(connection.execute("SELECT count(*), sum(n) FROM t_psycopg3_pool").fetchone(), (200, 2400))
 
+for tls in ("plain", "verify-full"):
+    with check(f"{tls}: the server ends the connection"):
+        with connect(tls=tls, autocommit=True) as connection, psycopg.connect(
+            **{("dbname" if k == "database" else k): v for k, v in ADMIN.items()}, autocommit=True
+        ) as admin:
+            outcome = []
+
+            def sleep(connection=connection, outcome=outcome):
+                try:
+                    outcome.append(connection.execute("SELECT pg_sleep(60) /* end_psycopg3 */").fetchone())
+                except Exception as error:
+                    outcome.append(error)
+
+            thread = threading.Thread(target=sleep)
+            thread.start()
+            wait_until("the query runs", lambda: admin.execute(running("end_psycopg3")).fetchone()[0])
+            admin.execute(running("end_psycopg3").replace("count(*)", "pg_terminate_backend(pid)"))
+            thread.join()
+            equal(type(outcome[0]), errors.AdminShutdown)
+            equal("SSL error" in str(outcome[0]), False)
+
 with check("wrong password"):
     try:
         connect(OWN | {"password": "wrong"})
