@@ -13,6 +13,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::BytesMut;
 
@@ -36,6 +37,9 @@ use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
 use crate::wire::Version;
 use crate::wire::message;
+
+/// How long a client that is to go may take to read why.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Where a client comes from.
 #[derive(Debug, Clone, Copy)]
@@ -124,8 +128,11 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,
-        Opened::Cancel(cancel) => {
-            return shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+        Opened::Cancel(mut stream, cancel) => {
+            shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+            // Not before: clients wait for the end, and would meet a late cancel with their next query.
+            let _ = tokio::time::timeout(GOODBYE, stream.shutdown()).await;
+            return;
         }
         Opened::Nothing => return,
     };
@@ -175,7 +182,7 @@ async fn turn_away(shared: &Shared, opening: &mut Opening, mut unsent: BytesMut,
             let _ = opening.stream.shutdown().await;
         }
     };
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), goodbye).await;
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
 }
 
 /// Who is it? The answer to everything that is wrong before the proof is 28P01, at one cost.
