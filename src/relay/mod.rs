@@ -321,14 +321,14 @@ impl Relay {
         Ok(())
     }
 
-    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it.
+    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it. The error
+    /// goes out at once: a driver that sends Flush waits for it before it sends Sync.
     async fn refuse_request(&mut self, mut error: PgError) -> Result<(), End> {
         self.worker.metrics.count_error(&error.code, "proxy");
         error.severity = crate::error::Severity::Error;
+        message::error_response(self.down.out(&self.worker.buffers), &error);
         poll_fn(|cx| self.poll_skip_request(cx)).await?;
-        let out = self.down.out(&self.worker.buffers);
-        message::error_response(out, &error);
-        message::ready_for_query(out, b'I');
+        message::ready_for_query(self.down.out(&self.worker.buffers), b'I');
         Ok(())
     }
 
@@ -350,6 +350,9 @@ impl Relay {
                 }
                 self.up.swallow(header.total);
                 continue;
+            }
+            if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
+                return Poll::Ready(Err(End::Lost));
             }
             match std::task::ready!(self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers)) {
                 Ok(0) => return Poll::Ready(Err(End::Left)),
