@@ -116,8 +116,11 @@ pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + S
     let mut relay = Relay::new(client, worker);
     async move {
         let end = relay.serve().await;
-        if let End::Told(error) = &end {
-            Box::pin(relay.say_goodbye(error)).await;
+        match &end {
+            End::Told(error) => Box::pin(relay.say_goodbye(error)).await,
+            // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
+            End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
+            End::Left | End::Lost => {}
         }
         end
     }
@@ -329,7 +332,8 @@ impl Relay {
         Ok(())
     }
 
-    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it.
+    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it. The error
+    /// goes out at once: a driver that sends Flush waits for it before it sends Sync.
     async fn refuse_request(&mut self, mut error: PgError) -> Result<(), End> {
         self.worker.metrics.count_error(&error.code, "proxy");
         error.severity = crate::error::Severity::Error;
