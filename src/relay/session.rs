@@ -231,6 +231,17 @@ impl Session {
         }
     }
 
+    /// Takes what is answered now. The end of a COPY that has come to the front by that was for a COPY that never
+    /// began, or has failed: the server ignores it.
+    #[inline]
+    fn take(&mut self) -> Option<Expect> {
+        let taken = self.expects.pop_front();
+        while matches!(self.expects.front(), Some(Expect::CopyEnd)) {
+            self.expects.pop_front();
+        }
+        taken
+    }
+
     fn push_extended(&mut self, expect: Expect) {
         self.open_group = true;
         self.expects.push_back(expect);
@@ -496,7 +507,7 @@ impl Session {
                 _ => return,
             };
             answers.extend_from_slice(&[tag, 0, 0, 0, 4]);
-            self.expects.pop_front();
+            self.take();
         }
     }
 
@@ -531,7 +542,7 @@ impl Session {
         match header.tag {
             b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
                 if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe)) {
-                    self.expects.pop_front();
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
@@ -542,11 +553,11 @@ impl Session {
             }
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute)) {
-                    self.expects.pop_front();
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
-            b'1' => match self.expects.pop_front() {
+            b'1' => match self.take() {
                 Some(Expect::Parse(parsed)) => {
                     if let Some(parsed) = parsed {
                         parsed.statement.accepted.store(true, Ordering::Relaxed);
@@ -557,7 +568,7 @@ impl Session {
                 _ => Err(Desync(b'1')),
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind), b'2'),
-            b'3' => match self.expects.pop_front() {
+            b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
@@ -572,7 +583,7 @@ impl Session {
     }
 
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
-        match self.expects.pop_front() {
+        match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
             _ => Err(Desync(tag)),
         }
@@ -592,7 +603,7 @@ impl Session {
             prepared.clear();
         }
         if matches!(self.expects.front(), Some(Expect::Execute)) {
-            self.expects.pop_front();
+            self.take();
         }
     }
 
@@ -619,7 +630,7 @@ impl Session {
                 None => break,
                 Some(_) => {}
             }
-            if let Some(skipped) = self.expects.pop_front() {
+            if let Some(skipped) = self.take() {
                 self.undo(skipped, prepared);
             }
         }
