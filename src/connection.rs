@@ -13,6 +13,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::BytesMut;
 
@@ -24,6 +25,7 @@ use crate::client::signals::Signals;
 use crate::config::AuthType;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
+use crate::metrics::TenantStats;
 use crate::pool::lease::Residue;
 use crate::pool::params::Params;
 use crate::pool::{CheckoutError, Settings};
@@ -35,6 +37,9 @@ use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
 use crate::wire::Version;
 use crate::wire::message;
+
+/// How long a client that is to go may take to read why.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Where a client comes from.
 #[derive(Debug, Clone, Copy)]
@@ -123,8 +128,11 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,
-        Opened::Cancel(cancel) => {
-            return shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+        Opened::Cancel(mut stream, cancel) => {
+            shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+            // Not before: clients wait for the end, and would meet a late cancel with their next query.
+            let _ = tokio::time::timeout(GOODBYE, stream.shutdown()).await;
+            return;
         }
         Opened::Nothing => return,
     };
@@ -174,7 +182,7 @@ async fn turn_away(shared: &Shared, opening: &mut Opening, mut unsent: BytesMut,
             let _ = opening.stream.shutdown().await;
         }
     };
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), goodbye).await;
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
 }
 
 /// Who is it? The answer to everything that is wrong before the proof is 28P01, at one cost.
@@ -280,34 +288,66 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
     shared.directory.ensure(id, user).await
 }
 
-/// Serves a client that has been handed over. Runs on the tenant's worker.
+/// Greets a client that has been handed over, and leaves it to a task that holds no more than the relay needs. Runs on
+/// the tenant's worker.
 pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
-    let (peer, id, user) = (admitted.peer, admitted.id, admitted.user.clone());
-    let tenant = admitted.tenant.id.clone();
-    let log = admitted.settled.log_connections;
-    let started = tokio::time::Instant::now();
-    let stats = shared.metrics.tenant(tenant.as_str());
-    stats.clients.fetch_add(1, Ordering::Relaxed);
-    let outcome = match greet(admitted, &shared, &worker).await {
+    let stats = shared.metrics.tenant(admitted.tenant.id.as_str());
+    let goodbye = Goodbye {
+        tenant: admitted.tenant.id.clone(),
+        user: admitted.user.as_str().into(),
+        peer: admitted.peer,
+        id: admitted.id,
+        started: tokio::time::Instant::now(),
+        log: admitted.settled.log_connections,
+        stats,
+    };
+    goodbye.stats.clients.fetch_add(1, Ordering::Relaxed);
+    match greet(admitted, &shared, &worker).await {
         Ok((client, registered, counted)) => {
-            let end = Box::pin(relay::run(client, worker)).await;
-            drop((registered, counted));
-            Some(end)
+            let relay = relay::run(client, worker);
+            tokio::spawn(async move {
+                let end = relay.await;
+                drop((registered, counted));
+                goodbye.say(&end);
+            });
         }
-        Err(reason) => reason.map(End::Told),
-    };
-    stats.clients.fetch_sub(1, Ordering::Relaxed);
-    if !log {
-        return;
+        Err(Some(reason)) => goodbye.say(&End::Told(reason)),
+        Err(None) => goodbye.say(&End::Lost),
     }
-    let seconds = started.elapsed().as_secs_f64();
-    let why = match &outcome {
-        None | Some(End::Lost) => "client lost".to_owned(),
-        Some(End::Left) => "client left".to_owned(),
-        Some(End::Server) => "server closed".to_owned(),
-        Some(End::Told(error)) => error.to_string(),
-    };
-    tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+}
+
+/// What is counted and logged when a client goes.
+struct Goodbye {
+    tenant: TenantId,
+    user: Box<str>,
+    peer: Peer,
+    id: u64,
+    started: tokio::time::Instant,
+    log: bool,
+    stats: Arc<TenantStats>,
+}
+
+impl Goodbye {
+    fn say(&self, end: &End) {
+        if !self.log {
+            return;
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        let why = match end {
+            End::Lost => "client lost".to_owned(),
+            End::Left => "client left".to_owned(),
+            End::Server => "server closed".to_owned(),
+            End::Told(error) => error.to_string(),
+        };
+        let Self { tenant, user, peer, id, .. } = self;
+        tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+    }
+}
+
+impl Drop for Goodbye {
+    fn drop(&mut self) {
+        self.stats.clients.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Tells the client that it is welcome, in the server's own words. `Err(None)`: it went away.
@@ -334,7 +374,7 @@ async fn greet(
             return Err(Some(error));
         }
     };
-    let params = params.with("application_name", &name);
+    let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let key = {
         let signals = signals.clone();

@@ -200,7 +200,7 @@ impl Connector {
         Ok(ServerConnection {
             stream: login.stream,
             settings,
-            params: Arc::new(params),
+            params: slot.pool().intern(Arc::new(params)),
             prepared: Prepared::default(),
             cancels,
             expires: now + lifetime,
@@ -431,7 +431,7 @@ impl ServerConnection {
     pub fn note_parameter(&mut self, body: &[u8]) -> Result<(), ServerError> {
         let (name, value) = parameter(body)?;
         check_identity(&self.role, name, value)?;
-        self.params = self.params.with(name, value);
+        self.params = self.slot.pool().intern(self.params.with(name, value));
         Ok(())
     }
 

@@ -85,7 +85,12 @@ struct State {
     retired: bool,
     /// What a server reported at login, by startup settings.
     welcome: Vec<(Arc<Settings>, Arc<Params>)>,
+    /// Equal parameters are kept once, so that comparing them is comparing pointers.
+    params: Vec<Arc<Params>>,
 }
+
+/// Kept parameters above which those that nobody holds are forgotten.
+const PARAMS_KEPT: usize = 32;
 
 struct Waiter {
     settings: Arc<Settings>,
@@ -252,6 +257,21 @@ impl Pool {
     pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
         let state = self.state.lock();
         state.welcome.iter().find(|(have, _)| have == settings).map(|(_, params)| params.clone())
+    }
+
+    /// The one of its kind among the parameters of the tenant's clients and servers.
+    pub fn intern(&self, params: Arc<Params>) -> Arc<Params> {
+        let mut state = self.state.lock();
+        if let Some(same) = state.params.iter().find(|known| **known == params) {
+            return same.clone();
+        }
+        if state.params.len() >= PARAMS_KEPT {
+            state.params.retain(|known| Arc::strong_count(known) > 1);
+        }
+        if state.params.len() < PARAMS_KEPT * PARAMS_KEPT {
+            state.params.push(params.clone());
+        }
+        params
     }
 
     /// A connection that is idle now; `None` if there is none or others wait.

@@ -32,7 +32,7 @@ use crate::tenant::Status;
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 use flow::Flow;
-use session::{Link, Session, Statements, Verdict};
+use session::{Link, Session, Verdict};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -111,13 +111,16 @@ pub enum End {
 }
 
 /// Serves the client until it leaves. Dropping the future closes both connections.
-pub async fn run(client: Client, worker: Arc<Worker>) -> End {
+pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+    // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, worker);
-    let end = relay.serve().await;
-    if let End::Told(error) = &end {
-        relay.say_goodbye(error).await;
+    async move {
+        let end = relay.serve().await;
+        if let End::Told(error) = &end {
+            Box::pin(relay.say_goodbye(error)).await;
+        }
+        end
     }
-    end
 }
 
 struct Relay {
@@ -137,8 +140,10 @@ struct Relay {
     ready_at: Instant,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
-    /// The server takes no more, or has sent its farewell.
+    /// The server takes no more.
     server_deaf: bool,
+    /// The server has said why it closes.
+    farewell: bool,
 }
 
 /// What a client does next.
@@ -158,11 +163,7 @@ enum Outcome {
 
 impl Relay {
     fn new(mut client: Client, worker: Arc<Worker>) -> Self {
-        let statements = match (client.rules.pool_mode, client.rules.max_prepared_statements) {
-            (PoolMode::Transaction, max) if max > 0 => Statements::Shared(max),
-            _ => Statements::PassThrough,
-        };
-        let session = Session::new(client.id, statements);
+        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
         let up = Flow::preload(&std::mem::take(&mut client.early));
         Self {
@@ -179,6 +180,7 @@ impl Relay {
             ready_at: Instant::now(),
             leaving: false,
             server_deaf: false,
+            farewell: false,
         }
     }
 
@@ -188,10 +190,16 @@ impl Relay {
                 Next::Request => {}
                 Next::Leave(end) => return end,
             }
-            let lease = match self.checkout().await {
-                Ok(Some(lease)) => lease,
-                Ok(None) => continue,
-                Err(error) => return error,
+            if let Err(error) = self.route() {
+                return End::Told(error);
+            }
+            let lease = match self.pool.try_checkout(&self.client.settings) {
+                Some(lease) => lease,
+                None => match Box::pin(self.checkout()).await {
+                    Ok(Some(lease)) => lease,
+                    Ok(None) => continue,
+                    Err(end) => return end,
+                },
             };
             if let Some(end) = self.lend(lease).await {
                 return end;
@@ -351,6 +359,9 @@ impl Relay {
                 self.up.swallow(header.total);
                 continue;
             }
+            if let Poll::Ready(Signal::Kill(reason) | Signal::Drain(reason)) = self.client.signals.poll(cx) {
+                return Poll::Ready(Err(End::Told(reason)));
+            }
             if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
                 return Poll::Ready(Err(End::Lost));
             }
@@ -364,12 +375,14 @@ impl Relay {
 
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
     async fn lend(&mut self, mut lease: Lease) -> Option<End> {
-        if let Err(end) = self.carry_settings(&mut lease).await {
+        if !Arc::ptr_eq(&lease.conn().params, &self.client.params)
+            && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await
+        {
             return Some(end);
         }
         self.client.key.entry.bind(lease.conn().cancel_target());
         self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
-        (self.waits, self.server_deaf) = (Waits::Nobody, false);
+        (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
         let outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
         self.client.key.entry.unbind();
@@ -387,7 +400,7 @@ impl Relay {
                 Some(End::Lost)
             }
             // Its own words, if it had any, are on their way to the client.
-            Outcome::ServerGone if self.server_deaf && !self.down.in_frame() => {
+            Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
                 poll_fn(|cx| self.poll_send_down(cx)).await.ok();
                 Some(End::Server)
             }
@@ -412,9 +425,6 @@ impl Relay {
     /// client's first byte is sent.
     async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
         let conn = lease.conn();
-        if Arc::ptr_eq(&conn.params, &self.client.params) {
-            return Ok(());
-        }
         if let Some(script) = conn.params.script_to(&self.client.params) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
@@ -550,6 +560,11 @@ impl Relay {
                     scratch.clear();
                     self.up.replace(seen, header.total - seen);
                 }
+                Verdict::Instead => {
+                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.up.swallow(header.total);
+                }
             }
             if self.session.owes_answer() {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
@@ -612,14 +627,14 @@ impl Relay {
                     }
                     self.client.params = conn.params.clone();
                 }
-                b'E' => self.server_deaf |= note_error(&self.worker, &self.client, frame),
+                b'E' => self.farewell |= note_error(&self.worker, &self.client, frame),
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
             match verdict.map_err(|desync| out_of_step(&desync))? {
                 Verdict::Forward => self.down.approve(header.total),
                 Verdict::Swallow => self.down.swallow(header.total),
-                Verdict::Replace => {
+                Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
                     self.down.swallow(header.total);
@@ -725,8 +740,12 @@ impl Relay {
         if !self.down.mid_frame() {
             message::error_response(self.down.out(buffers), &farewell);
         }
-        let send = poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers));
-        let _ = tokio::time::timeout(FAREWELL, send).await;
+        let goodbye = async {
+            poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers)).await?;
+            self.client.stream.shutdown().await
+        };
+        // It is going anyway.
+        let _ = tokio::time::timeout(FAREWELL, goodbye).await;
     }
 }
 

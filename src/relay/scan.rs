@@ -9,6 +9,24 @@ pub fn leaves_state(sql: &[u8]) -> bool {
     Scanner { sql, at: 0, first: true, after_into: false }.run()
 }
 
+/// Whether the first word of the text, white space and comments aside, is this one (lower case).
+pub fn begins_with(sql: &[u8], word: &[u8]) -> bool {
+    let mut scanner = Scanner { sql, at: 0, first: true, after_into: false };
+    loop {
+        scanner.skip_while(|b| b.is_ascii_whitespace() || b == b';');
+        match sql.get(scanner.at) {
+            Some(b'-') if scanner.next_is(b'-') => scanner.skip_while(|b| b != b'\n'),
+            Some(b'/') if scanner.next_is(b'*') => {
+                scanner.comment();
+            }
+            _ => break,
+        }
+    }
+    let rest = &sql[scanner.at..];
+    let ends = rest.get(word.len()).is_none_or(|b| !(b.is_ascii_alphanumeric() || *b == b'_' || *b >= 0x80));
+    ends && rest.get(..word.len()).is_some_and(|found| found.eq_ignore_ascii_case(word))
+}
+
 struct Scanner<'a> {
     sql: &'a [u8],
     at: usize,
@@ -504,6 +522,22 @@ mod tests {
             for pair in list.windows(2) {
                 assert!(pair[0] < pair[1], "{:?}", String::from_utf8_lossy(pair[1]));
             }
+        }
+    }
+
+    #[test]
+    fn the_first_word_is_found_behind_comments() {
+        for (sql, expected) in [
+            ("LISTEN a", true),
+            (" ;\n-- x\n/* y */listen\ta", true),
+            ("listen\"a\"", true),
+            ("listener", false),
+            ("select 'listen'", false),
+            ("", false),
+            ("lis", false),
+            ("/* listen", false),
+        ] {
+            assert_eq!(begins_with(sql.as_bytes(), b"listen"), expected, "{sql}");
         }
     }
 
