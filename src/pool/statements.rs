@@ -28,6 +28,8 @@ pub struct Statement {
     pub residue: Residue,
     /// Whether a server has accepted it.
     pub accepted: AtomicBool,
+    /// Whether what it returns has changed since: who prepares the same text again gets a new one.
+    pub outdated: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -73,21 +75,27 @@ impl Registry {
     /// The statement with this body, if a server has accepted it before.
     pub fn accepted(&self, body: &[u8]) -> Option<Arc<Statement>> {
         let known = self.known.lock();
-        known.get(body).map(|ByBody(statement)| statement.clone()).filter(|s| s.accepted.load(Ordering::Relaxed))
+        let usable = |s: &Arc<Statement>| s.accepted.load(Ordering::Relaxed) && !s.outdated.load(Ordering::Relaxed);
+        known.get(body).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
     /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new.
     pub fn intern(&self, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let mut known = self.known.lock();
         if let Some(ByBody(statement)) = known.get(body) {
-            return statement.clone();
+            if !statement.outdated.load(Ordering::Relaxed) {
+                return statement.clone();
+            }
+            known.remove(body);
         }
         if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
             known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let statement = Arc::new(Statement { id, name, body: body.into(), residue: residue(), accepted: false.into() });
+        let (body, residue) = (body.into(), residue());
+        let statement = Statement { id, name, body, residue, accepted: false.into(), outdated: false.into() };
+        let statement = Arc::new(statement);
         known.insert(ByBody(statement.clone()));
         statement
     }
@@ -145,6 +153,13 @@ impl Prepared {
         self.have.remove(&id);
     }
 
+    /// Notes that the server no longer runs the statement as it was prepared.
+    pub fn outdate(&self, id: u64) {
+        if let Some(held) = self.have.get(&id) {
+            held.statement.outdated.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Notes that nothing is prepared any more.
     pub fn clear(&mut self) {
         self.have.clear();
@@ -175,6 +190,20 @@ mod tests {
         assert_ne!(a.id, b.id);
         assert!(Arc::ptr_eq(&a, &again));
         assert_ne!(a.name, b.name);
+    }
+
+    #[test]
+    fn an_outdated_statement_is_not_given_out_again() {
+        let registry = Registry::default();
+        let old = registry.intern(b"a\0\0\0", || false);
+        old.accepted.store(true, Ordering::Relaxed);
+        let mut prepared = Prepared::default();
+        prepared.add(old.clone(), 2);
+        prepared.outdate(old.id);
+        assert!(registry.accepted(b"a\0\0\0").is_none());
+        let new = registry.intern(b"a\0\0\0", || false);
+        assert_ne!(old.name, new.name);
+        assert!(Arc::ptr_eq(&new, &registry.intern(b"a\0\0\0", || false)));
     }
 
     #[test]

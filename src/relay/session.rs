@@ -17,6 +17,7 @@ use bytes::{BufMut as _, BytesMut};
 use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
+use crate::pool::connect::server_error;
 use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
@@ -62,8 +63,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
-    Bind,
-    Describe,
+    /// With the number of the shared statement, or [`NO_STATEMENT`].
+    Bind(u64),
+    Describe(u64),
     Execute,
     Close,
     /// A Parse of ours: its answer is for nobody.
@@ -83,6 +85,9 @@ enum Expect {
 
 /// A closed statement's name and what it meant.
 type Closed = (Box<[u8]>, Arc<Statement>);
+
+/// Not a statement's number.
+const NO_STATEMENT: u64 = u64::MAX;
 
 #[derive(Debug)]
 struct ParseUndo {
@@ -258,6 +263,17 @@ impl Session {
         }
     }
 
+    /// Takes what is answered now. The end of a COPY that has come to the front by that was for a COPY that never
+    /// began, or has failed: the server ignores it.
+    #[inline]
+    fn take(&mut self) -> Option<Expect> {
+        let taken = self.expects.pop_front();
+        while matches!(self.expects.front(), Some(Expect::CopyEnd)) {
+            self.expects.pop_front();
+        }
+        taken
+    }
+
     /// What cannot work when the server connection goes back after the transaction.
     fn cannot_pool(&self, text: &[u8]) -> Option<PgError> {
         if self.pool_mode != PoolMode::Transaction || !scan::begins_with(text, b"listen") {
@@ -391,7 +407,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let Statements::Shared(max) = self.statements else {
-            self.push_extended(Expect::Bind);
+            self.push_extended(Expect::Bind(NO_STATEMENT));
             return Ok(Verdict::Forward);
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
@@ -399,9 +415,11 @@ impl Session {
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(name, out));
         };
+        let mut shared = NO_STATEMENT;
         let verdict = match statement {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Shared(statement) => {
+                shared = statement.id;
                 if !statement.residue.is_none() {
                     self.residue.merge(&statement.residue);
                 }
@@ -421,7 +439,7 @@ impl Session {
                 Verdict::Replace
             }
         };
-        self.push_extended(Expect::Bind);
+        self.push_extended(Expect::Bind(shared));
         Ok(verdict)
     }
 
@@ -470,7 +488,7 @@ impl Session {
         let kind = if header.tag == b'D' { "Describe" } else { "Close" };
         let (&what, rest) = frame[HEADER..].split_first().ok_or_else(|| malformed(kind))?;
         let (name, _) = cstr(rest).ok_or_else(|| malformed(kind))?;
-        let expect = if header.tag == b'D' { Expect::Describe } else { Expect::Close };
+        let expect = if header.tag == b'D' { Expect::Describe(NO_STATEMENT) } else { Expect::Close };
         let Statements::Shared(max) = self.statements else {
             self.push_extended(expect);
             return Ok(Verdict::Forward);
@@ -492,6 +510,7 @@ impl Session {
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(name, out)) };
+        let mut shared = NO_STATEMENT;
         let verdict = match resolved {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Injected => {
@@ -499,11 +518,12 @@ impl Session {
                 Verdict::Replace
             }
             Resolved::Shared(statement) => {
+                shared = statement.id;
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
             }
         };
-        self.push_extended(expect);
+        self.push_extended(Expect::Describe(shared));
         Ok(verdict)
     }
 
@@ -545,7 +565,7 @@ impl Session {
                 _ => return,
             };
             answers.extend_from_slice(&[tag, 0, 0, 0, 4]);
-            self.expects.pop_front();
+            self.take();
         }
     }
 
@@ -579,8 +599,8 @@ impl Session {
     ) -> Result<Verdict, Desync> {
         match header.tag {
             b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
-                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe)) {
-                    self.expects.pop_front();
+                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
@@ -591,11 +611,11 @@ impl Session {
             }
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute)) {
-                    self.expects.pop_front();
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
-            b'1' => match self.expects.pop_front() {
+            b'1' => match self.take() {
                 Some(Expect::Parse(parsed)) => {
                     if let Some(parsed) = parsed {
                         parsed.statement.accepted.store(true, Ordering::Relaxed);
@@ -605,13 +625,13 @@ impl Session {
                 Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
-            b'2' => self.pop(|e| matches!(e, Expect::Bind), b'2'),
-            b'3' => match self.expects.pop_front() {
+            b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
+            b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
-            b'E' => Ok(self.error(prepared, out)),
+            b'E' => Ok(self.error(frame, prepared, out)),
             b'G' => {
                 self.begin_copy_in();
                 Ok(Verdict::Forward)
@@ -621,7 +641,7 @@ impl Session {
     }
 
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
-        match self.expects.pop_front() {
+        match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
             _ => Err(Desync(tag)),
         }
@@ -641,13 +661,21 @@ impl Session {
             prepared.clear();
         }
         if matches!(self.expects.front(), Some(Expect::Execute)) {
-            self.expects.pop_front();
+            self.take();
         }
     }
 
     /// An error: the server skips to the next Sync, unless it is in a simple Query, which ends by itself.
-    fn error(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+    fn error(&mut self, frame: &[u8], prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
         self.copy_in = false;
+        if let Some(&Expect::Bind(id) | &Expect::Describe(id)) = self.expects.front()
+            && id != NO_STATEMENT
+            && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
+        {
+            // "cached plan must not change result type": a table has changed under it. On a server the client would
+            // prepare again under another name; that must not bring it back to this one.
+            prepared.outdate(id);
+        }
         let verdict = match self.expects.front() {
             Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
                 message::error_response(out, error);
@@ -668,7 +696,7 @@ impl Session {
                 None => break,
                 Some(_) => {}
             }
-            if let Some(skipped) = self.expects.pop_front() {
+            if let Some(skipped) = self.take() {
                 self.undo(skipped, prepared);
             }
         }

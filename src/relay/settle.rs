@@ -109,8 +109,7 @@ pub fn script(conn: &ServerConnection, params: &Params, carried: &Carried) -> Op
         let _ = write!(text, "RESET {}; ", parts.join("."));
     }
     let mut changes = conn.params.changes_to(params);
-    let differs = |(name, value): &(&Box<str>, &Box<str>)| conn.applied.get(*name) != Some(*value);
-    for (name, value) in carried.iter().filter(differs) {
+    for (name, value) in carried.iter().filter(|(name, value)| conn.applied.get(*name) != Some(*value)) {
         changes.push(format!("pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value)));
     }
     if !changes.is_empty() {

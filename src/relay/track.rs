@@ -102,7 +102,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
     };
     let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false };
     match first.as_str() {
-        "set" => set(&tokens[1..]).map_or_else(Residue::anything, |names| names),
+        "set" => set(&tokens[1..]).unwrap_or_else(Residue::anything),
         "reset" => match &tokens[1..] {
             [Token::Word(a), Token::Word(b)] if a == "time" && b == "zone" => named(&["timezone"]),
             [Token::Word(name), rest @ ..] if name != "all" && name != "role" && name != "session" => {

@@ -11,5 +11,8 @@ mod postgres;
 mod raw;
 mod world;
 
+mod cancel;
+mod copy;
 mod pooling;
 mod startup;
+mod statements;

@@ -208,9 +208,11 @@ async fn the_next_client_finds_a_clean_session() {
         ];
         for (sql, look, expected) in leaves {
             let mut client = world.raw("client_001").await;
-            let said = client.query(sql).await;
-            if said.iter().any(|m| m.tag == b'E') {
-                panic!("{sql}: {}", show(&said));
+            let said = show(&client.query(sql).await);
+            if sql.starts_with("LISTEN") && mode == PoolMode::Transaction {
+                assert_eq!(said, "E(0A000) Z(I)");
+            } else {
+                assert!(!said.contains("E("), "{sql}: {said}");
             }
             client.terminate().await;
             let mut next = world.raw("client_001").await;
