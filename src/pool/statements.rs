@@ -195,15 +195,15 @@ mod tests {
     #[test]
     fn an_outdated_statement_is_not_given_out_again() {
         let registry = Registry::default();
-        let old = registry.intern(b"a\0\0\0", || false);
+        let old = registry.intern(b"a\0\0\0", Residue::none);
         old.accepted.store(true, Ordering::Relaxed);
         let mut prepared = Prepared::default();
         prepared.add(old.clone(), 2);
         prepared.outdate(old.id);
         assert!(registry.accepted(b"a\0\0\0").is_none());
-        let new = registry.intern(b"a\0\0\0", || false);
+        let new = registry.intern(b"a\0\0\0", Residue::none);
         assert_ne!(old.name, new.name);
-        assert!(Arc::ptr_eq(&new, &registry.intern(b"a\0\0\0", || false)));
+        assert!(Arc::ptr_eq(&new, &registry.intern(b"a\0\0\0", Residue::none)));
     }
 
     #[test]
