@@ -26,7 +26,7 @@ use crate::config::AuthType;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::TenantStats;
-use crate::pool::lease::Residue;
+use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::{CheckoutError, Settings};
 use crate::relay::{self, Client, End};
@@ -437,7 +437,7 @@ async fn welcome(
         };
         let params = lease.conn().params.clone();
         let now = tokio::time::Instant::now();
-        lease.release(Residue::None, settled.relay.server_reset_timeout, now);
+        lease.release(CheckIn::Clean, settled.relay.server_reset_timeout, now);
         return Ok(params);
     }
 }

@@ -119,7 +119,9 @@ const PROXY: &[Key] = keys! { one proxy:
 
 const POOL: &[Key] = keys! { one pool:
     /// When a server connection goes back to its pool:
-    /// "session" when the client leaves, "transaction" when the transaction ends.
+    /// "auto" when the transaction ends, unless the client holds something that cannot be carried over (temporary
+    /// tables, session locks, LISTEN, …); "session" when the client leaves; "transaction" always when the transaction
+    /// ends, and what a client leaves behind is reset.
     pool_mode: OneOf<super::PoolMode>;
     /// Most server connections of one tenant (with one set of startup settings).
     default_pool_size: Connections;

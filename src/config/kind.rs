@@ -373,7 +373,8 @@ impl<K: Kind> Kind for ListOf<K> {
 }
 
 impl Word for PoolMode {
-    const WORDS: &'static [(&'static str, Self)] = &[("session", Self::Session), ("transaction", Self::Transaction)];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("session", Self::Session), ("transaction", Self::Transaction)];
 }
 
 impl Word for SslMode {

@@ -44,8 +44,10 @@ pub struct Proxy {
 pub enum PoolMode {
     /// When the client leaves.
     Session,
-    /// When the transaction ends.
+    /// When the transaction ends; what cannot work so is refused or reset.
     Transaction,
+    /// When the transaction ends, unless the client holds something that cannot be carried to another server connection.
+    Auto,
 }
 
 /// `[pool]`: server connections.
@@ -278,7 +280,7 @@ impl Default for Proxy {
 impl Default for Pool {
     fn default() -> Self {
         Self {
-            pool_mode: PoolMode::Session,
+            pool_mode: PoolMode::Auto,
             default_pool_size: 50,
             max_db_connections: 80,
             query_wait_timeout: secs(120),

@@ -14,19 +14,20 @@ use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
 use super::params::Params;
+use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
 use super::tls::ClientTls;
 use super::{Settings, Slot};
 use crate::config::Secret;
 use crate::directory::Shard;
-use crate::error::{PgError, sqlstate};
+use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::Metrics;
 use crate::stream::{Socket, Stream};
 use crate::tenant::credential::{nonce, server_password};
 use crate::wire::Version;
 use crate::wire::frame::{self, HEADER};
-use crate::wire::message::{self, Authentication, ErrorFields};
+use crate::wire::message::{self, Authentication, Cursor, ErrorFields, Malformed};
 
 /// A connection to a server, logged in as a tenant's role.
 pub struct ServerConnection {
@@ -36,6 +37,8 @@ pub struct ServerConnection {
     pub settings: Arc<Settings>,
     /// What the server reported last.
     pub params: Arc<Params>,
+    /// Settings made on it since, other than those of `params`.
+    pub applied: Arc<Carried>,
     /// Prepared statements it has.
     pub prepared: Prepared,
     /// Cancels under way for it.
@@ -201,6 +204,7 @@ impl Connector {
             stream: login.stream,
             settings,
             params: slot.pool().intern(Arc::new(params)),
+            applied: slot.pool().intern_carried(Arc::default()),
             prepared: Prepared::default(),
             cancels,
             expires: now + lifetime,
@@ -441,11 +445,19 @@ impl ServerConnection {
     }
 
     /// Runs statements of ours, each as a simple Query, outside a transaction. Not cancel safe: a connection on which
-    /// this did not return `Ok` must be closed.
+    /// this did not return `Ok` or [`ServerError::Server`] with severity ERROR must be closed.
     ///
     /// # Errors
     /// Those of the socket; the server's, if a statement fails; a protocol that is out of step.
     pub async fn simple_queries(&mut self, statements: &[&str]) -> Result<(), ServerError> {
+        self.rows(statements).await.map(drop)
+    }
+
+    /// Like [`Self::simple_queries`], and returns the rows that come: texts, or NULL.
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn rows(&mut self, statements: &[&str]) -> Result<Vec<Vec<Option<String>>>, ServerError> {
         let mut out = BytesMut::with_capacity(64);
         for sql in statements {
             message::query(&mut out, sql);
@@ -453,16 +465,45 @@ impl ServerConnection {
         self.prepared.unnamed = None;
         self.stream.send_all(&out).await?;
         let (mut buf, mut read) = (Vec::new(), 0);
-        let mut ready = 0;
+        let (mut ready, mut rows, mut failed) = (0, Vec::new(), None);
         while ready < statements.len() {
-            let (tag, body) = next_message(&mut self.stream, &mut buf, &mut read).await?;
+            let (tag, body) = match next_message(&mut self.stream, &mut buf, &mut read).await {
+                // The statement failed; its ReadyForQuery comes all the same.
+                Err(ServerError::Server(error)) if error.severity == Severity::Error => {
+                    failed.get_or_insert(error);
+                    continue;
+                }
+                other => other?,
+            };
             match tag {
                 b'S' => self.note_parameter(&body)?,
+                b'D' => rows.push(row(&body).map_err(|_| ServerError::Protocol("malformed DataRow"))?),
                 b'Z' if body == b"I" => ready += 1,
                 b'Z' => return Err(ServerError::Protocol("in a transaction where none was begun")),
                 _ => {}
             }
         }
-        if read < buf.len() { Err(ServerError::Protocol("bytes after the last ReadyForQuery")) } else { Ok(()) }
+        match failed {
+            _ if read < buf.len() => Err(ServerError::Protocol("bytes after the last ReadyForQuery")),
+            Some(error) => Err(ServerError::Server(error)),
+            None => Ok(rows),
+        }
     }
+}
+
+/// The values of a DataRow in text format.
+fn row(body: &[u8]) -> Result<Vec<Option<String>>, Malformed> {
+    let mut cursor = Cursor::new(body);
+    let columns = cursor.i16()?;
+    let mut values = Vec::new();
+    for _ in 0..columns {
+        let length = cursor.i32()?;
+        let value = match usize::try_from(length) {
+            Err(_) => None,
+            Ok(length) => Some(String::from_utf8_lossy(cursor.bytes(length)?).into_owned()),
+        };
+        values.push(value);
+    }
+    cursor.finish()?;
+    Ok(values)
 }

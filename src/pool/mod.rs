@@ -11,6 +11,7 @@ pub mod cancel;
 pub mod connect;
 pub mod lease;
 pub mod params;
+pub mod residue;
 pub mod scram;
 pub mod shard;
 pub mod statements;
@@ -34,6 +35,7 @@ use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
 pub use lease::Lease;
 use params::Params;
+use residue::Carried;
 use shard::{Budget, Ticket};
 use statements::Registry;
 
@@ -87,10 +89,25 @@ struct State {
     welcome: Vec<(Arc<Settings>, Arc<Params>)>,
     /// Equal parameters are kept once, so that comparing them is comparing pointers.
     params: Vec<Arc<Params>>,
+    /// The same for settings that are carried.
+    carried: Vec<Arc<Carried>>,
 }
 
-/// Kept parameters above which those that nobody holds are forgotten.
-const PARAMS_KEPT: usize = 32;
+fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<T> {
+    if let Some(same) = known.iter().find(|known| **known == value) {
+        return same.clone();
+    }
+    if known.len() >= KEPT {
+        known.retain(|known| Arc::strong_count(known) > 1);
+    }
+    if known.len() < KEPT * KEPT {
+        known.push(value.clone());
+    }
+    value
+}
+
+/// Kept values above which those that nobody holds are forgotten.
+const KEPT: usize = 32;
 
 struct Waiter {
     settings: Arc<Settings>,
@@ -264,17 +281,12 @@ impl Pool {
 
     /// The one of its kind among the parameters of the tenant's clients and servers.
     pub fn intern(&self, params: Arc<Params>) -> Arc<Params> {
-        let mut state = self.state.lock();
-        if let Some(same) = state.params.iter().find(|known| **known == params) {
-            return same.clone();
-        }
-        if state.params.len() >= PARAMS_KEPT {
-            state.params.retain(|known| Arc::strong_count(known) > 1);
-        }
-        if state.params.len() < PARAMS_KEPT * PARAMS_KEPT {
-            state.params.push(params.clone());
-        }
-        params
+        one_of_its_kind(&mut self.state.lock().params, params)
+    }
+
+    /// The one of its kind among the settings that the tenant's clients take along.
+    pub fn intern_carried(&self, carried: Arc<Carried>) -> Arc<Carried> {
+        one_of_its_kind(&mut self.state.lock().carried, carried)
     }
 
     /// A connection that is idle now; `None` if there is none or others wait.

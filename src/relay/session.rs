@@ -14,10 +14,11 @@ use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
-use super::scan;
+use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
+use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
@@ -108,7 +109,7 @@ pub struct Session {
     /// Messages of the extended protocol since the last Sync.
     open_group: bool,
     copy_in: bool,
-    residue: bool,
+    residue: Residue,
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Vec<u8>>,
@@ -130,7 +131,7 @@ impl Session {
     /// server connection, 0 passes names through.
     pub fn new(client: u64, pool_mode: PoolMode, max_prepared: usize) -> Self {
         let statements = match pool_mode {
-            PoolMode::Transaction if max_prepared > 0 => Statements::Shared(max_prepared),
+            PoolMode::Transaction | PoolMode::Auto if max_prepared > 0 => Statements::Shared(max_prepared),
             _ => Statements::PassThrough,
         };
         Self {
@@ -142,7 +143,7 @@ impl Session {
             failed: false,
             open_group: false,
             copy_in: false,
-            residue: false,
+            residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
             unnamed: None,
@@ -173,9 +174,25 @@ impl Session {
         std::mem::take(&mut self.queries)
     }
 
-    /// Whether something may be left behind in the session; asked once, when the server connection goes back.
-    pub fn take_residue(&mut self) -> bool {
+    /// What may be left behind in the session; asked once, when the server connection goes back.
+    pub fn take_residue(&mut self) -> Residue {
         std::mem::take(&mut self.residue)
+    }
+
+    /// Whether anything may be left behind.
+    #[inline]
+    pub fn has_residue(&self) -> bool {
+        !self.residue.is_none()
+    }
+
+    /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
+    #[inline]
+    fn note_residue(&mut self, text: &[u8], whole: bool) {
+        if !whole {
+            self.residue.unknown = true;
+        } else if scan::leaves_state(text) {
+            self.residue.merge(&track::look(text));
+        }
     }
 
     /// How much of a frame has to be at hand for [`Session::on_client`]: `have` is what has arrived, `limit` how much
@@ -279,8 +296,7 @@ impl Session {
             (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
             return self.refuse_query(error, out);
         }
-        // A text that was not seen whole cannot be vouched for.
-        self.residue |= frame.len() < header.total || scan::leaves_state(text);
+        self.note_residue(text, frame.len() == header.total);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -305,12 +321,13 @@ impl Session {
             return Ok(self.refuse_parse(error, out));
         }
         let Statements::Shared(max) = self.statements else {
-            self.residue |= !name.is_empty() || !whole || scan::leaves_state(text);
+            self.residue.unknown |= !name.is_empty();
+            self.note_residue(text, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
         if name.is_empty() {
-            self.residue |= !whole || scan::leaves_state(text);
+            self.note_residue(text, whole);
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -321,7 +338,8 @@ impl Session {
             let error = format!("prepared statement \"{shown}\" already exists");
             return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
         }
-        let statement = link.registry.intern(body, || scan::leaves_state(text));
+        let statement =
+            link.registry.intern(body, || if scan::leaves_state(text) { track::look(text) } else { Residue::none() });
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -402,7 +420,9 @@ impl Session {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Shared(statement) => {
                 shared = statement.id;
-                self.residue |= statement.leaves_state;
+                if !statement.residue.is_none() {
+                    self.residue.merge(&statement.residue);
+                }
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -703,7 +723,7 @@ impl Session {
                 self.named.insert(closed.0, closed.1);
             }
             // The server still has it under a name that we consider free: a reset makes it so.
-            Expect::InjectedClose => self.residue = true,
+            Expect::InjectedClose => self.residue.unknown = true,
             _ => {}
         }
     }
