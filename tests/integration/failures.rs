@@ -225,3 +225,33 @@ async fn a_server_that_is_silent_is_given_up() {
     assert!(error.field(b'D').contains("server_connect_timeout"), "{}", error.field(b'D'));
     drop(silent);
 }
+
+/// Others have taken all of the server's connections: one waits, as for one's own budget, and works when they go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_full_is_waited_for() {
+    let cluster = tokio::task::spawn_blocking(|| Arc::new(Cluster::start_with(&["max_connections=20"]))).await.unwrap();
+    let world = World::with_clusters(vec![cluster.clone()], |config| {
+        config.pool.pool_mode = PoolMode::Transaction;
+        config.pool.query_wait_timeout = Duration::from_secs(5);
+    })
+    .await;
+    world.raw("client_001").await.terminate().await;
+    cluster
+        .admin("tenants")
+        .await
+        .batch_execute("CREATE ROLE hog LOGIN PASSWORD 'hog'; GRANT CONNECT ON DATABASE tenants TO hog")
+        .await
+        .unwrap();
+    let mut hogs = Vec::new();
+    while let Ok(hog) = cluster.connect("hog", "hog", "tenants").await {
+        hogs.push(hog);
+    }
+    let mut one = world.raw("client_001").await;
+    let mut held = world.raw("client_001").await;
+    held.query("BEGIN").await;
+    one.compose(|b| b.query("SELECT 'served'")).await;
+    world.metric_until("pgusher_clients{state=\"waiting\"}", 1.0).await;
+    hogs.clear();
+    assert_eq!(show(&one.until_ready().await), "D(served) C(SELECT 1) Z(I)");
+    assert_eq!(show(&held.query("COMMIT").await), "C(COMMIT) Z(I)");
+}

@@ -195,7 +195,9 @@ async fn the_same_with_the_proxy_killed_halfway() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_with_two_proxies_on_one_catalog() {
     let clusters = clusters(2).await;
-    let (one, two) = (Setup::new(&clusters, ""), Setup::new(&clusters, ""));
+    // Together within the servers' max_connections.
+    let budget = "[pool]\nmax_db_connections = 45\n";
+    let (one, two) = (Setup::new(&clusters, budget), Setup::new(&clusters, budget));
     let watch = Watch::start(&clusters);
     let (first, second) = tokio::join!(one.start(), two.start());
     let ports = [one.port, two.port];
