@@ -30,7 +30,7 @@ use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::{CheckoutError, Settings};
 use crate::relay::{self, Client, End};
-use crate::server::{Settled, Shared};
+use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
@@ -116,8 +116,16 @@ impl Known for Directory {
     }
 }
 
-/// Takes a client from accept to its tenant's worker, which serves it to its end.
+/// Takes a client from accept to its tenant's worker, which serves it to its end. One that has not logged in holds up
+/// no shutdown.
 pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
+    let stopping = shared.stopping();
+    if stopping.run_until_cancelled(log_in(stream, peer, shared)).await.is_none() {
+        tracing::debug!(%peer, "closed while logging in: shutting down");
+    }
+}
+
+async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let settled = shared.settled();
     let counted = Counted::new(&shared);
     let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
@@ -359,6 +367,10 @@ async fn greet(
     let mut stream = admitted.stream.attach().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
+    if shared.is_draining() {
+        // It may have come too late to be told.
+        signals.drain(server::shutting_down());
+    }
     let settings = shared.settings.intern(admitted.settings);
     let name = admitted.application_name;
     let mut out = admitted.unsent;

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -105,7 +105,8 @@ pub struct Shared {
     workers: Vec<(Handle, Arc<Worker>)>,
     hasher: ahash::RandomState,
     next_client: AtomicU64,
-    draining: AtomicBool,
+    /// Cancelled when a shutdown begins.
+    stopping: CancellationToken,
 }
 
 /// Equal startup settings, kept once.
@@ -141,7 +142,12 @@ impl Shared {
 
     /// Whether the proxy is shutting down.
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        self.stopping.is_cancelled()
+    }
+
+    /// Cancelled when a shutdown begins.
+    pub fn stopping(&self) -> CancellationToken {
+        self.stopping.clone()
     }
 
     /// Has a logged-in client served by its tenant's worker.
@@ -252,10 +258,9 @@ impl Server {
 
     /// Stops accepting, lets transactions end for `timeout` (zero: for ever), and closes everything.
     pub async fn drain(&self, timeout: Duration) {
-        self.shared.draining.store(true, Ordering::Release);
+        self.shared.stopping.cancel();
         self.accepting.cancel();
-        let reason = PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
-        self.shared.sessions.drain(&reason);
+        self.shared.sessions.drain(&shutting_down());
         let started = tokio::time::Instant::now();
         while self.shared.metrics.clients.load(Ordering::Relaxed) > 0 {
             if !timeout.is_zero() && started.elapsed() >= timeout {
@@ -284,6 +289,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.shutdown.cancel();
     }
+}
+
+/// What clients are told when the proxy shuts down.
+pub(crate) fn shutting_down() -> PgError {
+    PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
 }
 
 fn cores() -> usize {
@@ -362,7 +372,7 @@ fn build(
         workers,
         hasher: ahash::RandomState::new(),
         next_client: 1.into(),
-        draining: false.into(),
+        stopping: CancellationToken::new(),
     })
 }
 

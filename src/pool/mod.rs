@@ -117,6 +117,9 @@ struct Waiter {
     reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
 }
 
+/// Before the next login to a server that takes no more connections.
+const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
+
 /// Server connections to a shard.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Use {
@@ -459,13 +462,19 @@ impl Pool {
         }
     }
 
-    /// Tells the first in line, unless others of this tenant have connections that will come back: then it waits on.
+    /// Tells the first in line. If the server is full (another proxy may use it, too), those who wait go on waiting, as
+    /// they do when our own budget is spent.
     fn login_failed(self: &Arc<Self>, error: PgError) {
-        let waiter = {
-            let mut state = self.state.lock();
-            let busy = state.open > state.connecting + state.idle.len();
-            if busy && error.code == sqlstate::TOO_MANY_CONNECTIONS { None } else { state.waiters.pop_front() }
-        };
+        if error.code == sqlstate::TOO_MANY_CONNECTIONS {
+            self.budget.evict_for(self);
+            let pool = self.clone();
+            self.worker.spawn(async move {
+                tokio::time::sleep(SERVER_FULL_PAUSE).await;
+                pool.serve();
+            });
+            return;
+        }
+        let waiter = self.state.lock().waiters.pop_front();
         if let Some(waiter) = waiter {
             let _ = waiter.reply.send(Err(CheckoutError::Failed(error)));
             self.serve();

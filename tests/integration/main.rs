@@ -13,6 +13,10 @@ mod world;
 
 mod cancel;
 mod copy;
+mod drain;
+mod failures;
 mod pooling;
+mod provisioning;
 mod startup;
 mod statements;
+mod tls;
