@@ -232,7 +232,7 @@ async fn prove(
 
 fn verifier(directory: &Directory, login: &Login) -> Option<Verifier> {
     match login {
-        Login::Tenant(id) => directory.find(id.as_str())?.verifier.as_deref().cloned(),
+        Login::Tenant(id) => directory.find(id.as_str())?.verifier.clone(),
         Login::AppUser(name) => directory.user(name)?.verifier.clone(),
         Login::Nobody => None,
     }
@@ -289,6 +289,11 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
         Login::AppUser(name) => shared.directory.user(name).is_some_and(|user| user.auto_provision),
         Login::Tenant(_) | Login::Nobody => false,
     };
+    if !may && !shared.directory.is_current() {
+        return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("tenant \"{id}\" is not known"))
+            .detail("The catalog is not reachable, so that nobody can say whether the tenant exists.")
+            .hint("Try again in a moment."));
+    }
     if !may {
         return Err(PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("tenant \"{id}\" does not exist"))
             .hint("Create it first, or set auto_provision = true for the application user."));

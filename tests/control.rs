@@ -188,8 +188,7 @@ async fn psql_pgbench_and_pg_dump_work_as_the_tenant() {
     proxy.ensure("client_001").await.unwrap();
     proxy.ensure("client_002").await.unwrap();
     let run = |program: &str, arguments: &[&str]| {
-        let bin = support::postgres::bin_dir().unwrap();
-        let output = std::process::Command::new(bin.join(program))
+        let output = std::process::Command::new(support::postgres::client_program(program))
             .args(["-h", "127.0.0.1", "-p", &cluster.port().to_string(), "-U", "client_001"])
             .args(arguments)
             .env("PGPASSWORD", server_password(SECRET, "client_001"))
@@ -418,37 +417,6 @@ async fn a_restored_catalog_and_a_tenant_that_locks_its_tables_disturb_nobody() 
     assert!(proxy.control.storage_of("a").is_none());
     held.rollback().await.unwrap();
     until("measuring it", || proxy.control.storage_of("a").is_some()).await;
-    proxy.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "measures: half a million tenants"]
-async fn half_a_million_tenants_load_in_seconds() {
-    let cluster = Cluster::start();
-    let config = config(&[&cluster], None);
-    Proxy::start(config.clone()).await.stop().await;
-    let verifier = pgusher::tenant::credential::Verifier::random("x").to_text();
-    let catalog = cluster.admin("pgusher").await;
-    catalog
-        .batch_execute(&format!(
-            "INSERT INTO pgusher.tenants (id, plan, shard, database, schema, role, status)
-             SELECT 't' || n, 'schema', 'shard_1', 'tenants', 't' || n, 't' || n, 'active' FROM generate_series(1, 500000) n;
-             ALTER TABLE pgusher.credentials DISABLE TRIGGER announce;
-             INSERT INTO pgusher.credentials (name, kind, tenant, verifier)
-             SELECT 't' || n, 'tenant', 't' || n, '{verifier}' FROM generate_series(1, 500000) n;
-             ALTER TABLE pgusher.credentials ENABLE TRIGGER announce; ANALYZE"
-        ))
-        .await
-        .unwrap();
-    let began = Instant::now();
-    let proxy = Proxy::start(config).await;
-    let took = began.elapsed();
-    assert_eq!(proxy.directory.len(), 500_000);
-    println!("loaded in {took:?}");
-    let began = Instant::now();
-    proxy.ensure("one-more").await.unwrap();
-    println!("one more in {:?}", began.elapsed());
-    assert!(took < Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 5 }), "{took:?}");
     proxy.stop().await;
 }
 
@@ -747,7 +715,7 @@ async fn the_api_answers_its_calls() {
     // The tenant's own credential is in the directory, and it is that password's.
     let verifier = proxy.directory.find("client_001").unwrap().verifier.clone().unwrap();
     let keys = pgusher::tenant::credential::Verifier::make(&password, &verifier.salt, verifier.iterations);
-    assert!(keys == *verifier);
+    assert!(keys == verifier);
 
     let (status, body) = http(port, "GET", "/tenant/client_001/health", token).await;
     assert_eq!((status, &body["reachable"], &body["clients"]), (200, &true.into(), &3.into()), "{body}");

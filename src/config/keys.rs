@@ -213,6 +213,9 @@ const CATALOG: &[Key] = keys! { one catalog:
     user: Text;
     /// Its password.
     password: Hidden, "\"…\"";
+    /// File in which what is known of the catalog is kept, so that pgusher can start while the catalog is away. It
+    /// holds verifiers: the directory should be pgusher's own. There is none unless this is set.
+    snapshot_file: Optional<File>, "\"/var/lib/pgusher/catalog.snapshot\"";
 };
 
 const SHARDS_ABOUT: &[&str] = &[

@@ -164,6 +164,8 @@ pub struct Catalog {
     pub user: String,
     /// Its password.
     pub password: Secret,
+    /// Where a snapshot of it is kept, to start from while it is away; none if absent.
+    pub snapshot_file: Option<PathBuf>,
 }
 
 /// `[[shards]]`: one PostgreSQL cluster.
@@ -329,6 +331,7 @@ impl Default for Catalog {
             database: "pgusher".into(),
             user: "postgres".into(),
             password: Secret::default(),
+            snapshot_file: None,
         }
     }
 }

@@ -44,7 +44,6 @@ impl Control {
         // Every proxy hears of it; this one at once.
         self.sync().await;
         self.traffic.close_tenant(id, super::closing(id, crate::directory::catalog::Change::Gone));
-        self.storage.remove(id.as_str());
         let plan = known_plan(&record)?;
         self.drop_place(id, &record, plan).await?;
         self.bury(id, who).await?;

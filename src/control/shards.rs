@@ -1,6 +1,5 @@
 //! Shards: registering, setting up, probing, measuring.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,7 +9,7 @@ use tokio::time::Instant;
 use super::Control;
 use super::admin::{AdminPool, failed};
 use super::records::{self, ShardRecord};
-use crate::config::Config;
+use crate::config::{Config, ShardConfig};
 use crate::directory::catalog::create_database;
 use crate::directory::connector::Endpoint;
 use crate::directory::{Shard, Tenant};
@@ -87,16 +86,7 @@ impl Control {
     pub(super) async fn register_config_shards(&self, config: &Config) -> Result<(), PgError> {
         let catalog = self.catalog().await?;
         for shard in &config.shards {
-            let record = ShardRecord {
-                name: shard.name.clone(),
-                host: shard.host.clone(),
-                port: shard.port,
-                database: shard.database.clone(),
-                weight: shard.weight,
-                region: shard.region.clone(),
-                max_db_connections: shard.max_db_connections,
-                tenants: 0,
-            };
+            let record = config_shard(shard);
             if record.put(&*catalog).await? {
                 let detail = json!({ "shard": record.name, "host": record.host, "port": record.port });
                 records::event(&*catalog, "config", "shard registered", None, &detail).await?;
@@ -322,19 +312,43 @@ impl Control {
         let sql = "SELECT pg_database_size(current_database())";
         self.sizes.insert(shard.name.clone(), client.query_one(sql, &[]).await.map_err(&doing)?.get(0));
         client.give_back().await;
-        let measured: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-        for (schema, bytes) in measured {
-            if let Ok(id) = TenantId::parse(schema) {
-                self.storage.insert(id, u64::try_from(bytes).unwrap_or(0));
-            }
-        }
-        self.storage.retain(|id, _| self.directory.find(id.as_str()).is_some());
-        let mut largest: Vec<_> = self.storage.iter().map(|entry| (entry.key().clone(), *entry.value())).collect();
-        largest.sort_unstable_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        largest.truncate(self.config.metrics.metrics_top_tenants);
+        let measured = rows.iter().map(|row| (row.get(0), u64::try_from(row.get::<_, i64>(1)).unwrap_or(0)));
+        let known: Vec<(&str, u64)> = measured.filter(|&(id, bytes)| self.directory.set_storage(id, bytes)).collect();
+        let before = self.largest.load_full();
+        // Those of other shards, and those that could not be measured this time, keep their last value.
+        let before = before.iter().filter_map(|(id, _)| Some((id.as_str(), self.directory.storage(id.as_str())?)));
+        let largest = largest(known.into_iter().chain(before).collect(), self.config.metrics.metrics_top_tenants);
         self.largest.store(std::sync::Arc::new(largest));
         Ok(())
     }
+}
+
+/// What the config says of a shard.
+pub(super) fn config_shard(shard: &ShardConfig) -> ShardRecord {
+    ShardRecord {
+        name: shard.name.clone(),
+        host: shard.host.clone(),
+        port: shard.port,
+        database: shard.database.clone(),
+        weight: shard.weight,
+        region: shard.region.clone(),
+        max_db_connections: shard.max_db_connections,
+        tenants: 0,
+    }
+}
+
+/// The `most` tenants with most bytes, the largest first. A tenant may be named twice, with the same number.
+fn largest(mut measured: Vec<(&str, u64)>, most: usize) -> Vec<(TenantId, u64)> {
+    let order = |a: &(&str, u64), b: &(&str, u64)| b.1.cmp(&a.1).then(a.0.cmp(b.0));
+    // Twice as many, because each may be there twice; only they are sorted.
+    if measured.len() > 2 * most {
+        measured.select_nth_unstable_by(2 * most, order);
+        measured.truncate(2 * most);
+    }
+    measured.sort_unstable_by(order);
+    measured.dedup();
+    measured.truncate(most);
+    measured.into_iter().filter_map(|(id, bytes)| Some((TenantId::parse(id).ok()?, bytes))).collect()
 }
 
 impl ShardHealth {
@@ -363,5 +377,22 @@ pub(super) fn admin_endpoint(config: &Config, shard: &str, host: &str, port: u16
         database: database.to_owned(),
         user: user.clone(),
         password: password.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_tenants_are_found_once_each() {
+        let names: Vec<String> = (0..100).map(|n| format!("t{n:02}")).collect();
+        let measured = || names.iter().enumerate().map(|(n, name)| (name.as_str(), (n as u64 * 37) % 100));
+        let twice = || measured().chain(measured()).collect();
+        let sizes = |most| largest(twice(), most).iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>();
+        assert_eq!(sizes(4), [99, 98, 97, 96]);
+        assert!(sizes(0).is_empty());
+        assert_eq!(sizes(1000).len(), 100);
+        assert_eq!(largest(vec![("b", 5), ("a", 5), ("b", 5)], 2).len(), 2);
     }
 }

@@ -144,7 +144,7 @@ impl Control {
             epoch: tenant.epoch,
             clients: self.traffic.tenant_clients(id),
             server_connections: self.traffic.tenant_servers(id),
-            storage_bytes: self.storage.get(id.as_str()).map(|bytes| *bytes),
+            storage_bytes: self.directory.storage(id.as_str()),
             probe,
         })
     }

@@ -246,6 +246,9 @@ fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cl
     };
     or(&mut config.provision.master_secret, &data.state.master_secret);
     or(&mut config.api.token, &data.state.api_token);
+    if data.kept && config.catalog.snapshot_file.is_none() {
+        config.catalog.snapshot_file = Some(data.path.join("catalog.snapshot"));
+    }
     if config.provision.template_dir.is_none() {
         config.provision.template_dir = Some(write_template(&data.path)?);
     }
