@@ -28,7 +28,7 @@ use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::TenantStats;
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
-use crate::pool::{CheckoutError, Settings};
+use crate::pool::{CheckoutError, DATABASE, Settings};
 use crate::relay::{self, Client, End};
 use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
@@ -113,6 +113,10 @@ impl Known for Directory {
 
     fn exists(&self, tenant: &TenantId) -> bool {
         self.find(tenant.as_str()).is_some()
+    }
+
+    fn chooses_database(&self, tenant: &TenantId) -> bool {
+        self.find(tenant.as_str()).is_some_and(|tenant| tenant.plan.clients_choose_place())
     }
 }
 
@@ -268,12 +272,19 @@ async fn admit(
         return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, text).hint("Ask whoever runs this service."));
     }
     let parameters = ClientParameters::read(&opening.startup);
-    let settings = parameters.settings_for(&tenant.schema()).map_err(|refusal| {
+    let chooses = tenant.plan.clients_choose_place();
+    let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
         if refusal.violation {
             shared.metrics.count_violation("startup", "refused", id.as_str());
         }
         refusal.error
     })?;
+    // The tenant's and the user's names stand for the tenant's first database, all others for themselves.
+    let database = opening.startup.database().filter(|&name| name != id.as_str() && name != user);
+    if let Some(database) = database.filter(|_| chooses) {
+        let at = settings.partition_point(|(name, _)| name.as_str() < DATABASE);
+        settings.insert(at, (DATABASE.to_owned(), database.to_owned()));
+    }
     Ok((tenant, settings, parameters.application_name.unwrap_or_default().into()))
 }
 

@@ -34,6 +34,7 @@ use crate::exporter::{self, Exporter};
 use crate::metrics::Metrics;
 use crate::pool::cancel::CancelKeys;
 use crate::pool::connect::Connector;
+use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::pool::{Limits, Pools, Settings};
 use crate::relay::{Rules, Worker};
@@ -302,7 +303,7 @@ fn cores() -> usize {
 
 fn settle(config: &Config) -> Result<Settled, ServeError> {
     let (proxy, pool, identify) = (&config.proxy, &config.pool, &config.identify);
-    let databases = config.shards.iter().map(|shard| shard.database.clone());
+    let databases = config.shards.iter().flat_map(|shard| [shard.database.clone(), shard.rls_database.clone()]);
     let rules = identify::Rules::new(
         identify.order.clone(),
         identify.username_regex.as_deref(),
@@ -342,7 +343,7 @@ fn build(
     let metrics = Arc::new(Metrics::new(runtimes.len()));
     let connector = Connector::new(
         client_tls,
-        config.provision.master_secret.clone(),
+        Passwords::new(config),
         config.pool.server_connect_timeout,
         config.pool.server_lifetime,
         metrics.clone(),

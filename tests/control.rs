@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pgusher::config::{Config, Secret, ShardConfig, User};
-use pgusher::control::provision::Wanted;
+use pgusher::control::provision::{Choice, Wanted};
 use pgusher::control::{Control, NoTraffic, Traffic, api, cli};
 use pgusher::directory::Directory;
 use pgusher::error::PgError;
@@ -556,7 +556,7 @@ async fn a_tenant_with_2000_tables_is_deleted_without_a_trace_but_its_tombstone(
     assert_eq!(again, tombstone);
     let error = proxy.ensure("big").await.unwrap_err();
     assert_eq!((&*error.code, error.message.as_str()), ("55000", "tenant \"big\" has been deleted"));
-    let record = proxy.control.create(&id("big"), "test", None).await.unwrap();
+    let record = proxy.control.create(&id("big"), "test", Choice::default()).await.unwrap();
     assert_eq!(record.status, "active");
     let client = as_tenant(&cluster, "big").await;
     assert_eq!(count(&client, "SELECT count(*) FROM pg_class WHERE relnamespace = 'big'::regnamespace").await, 0);
@@ -579,7 +579,7 @@ async fn creating_and_deleting_at_once_ends_whole_or_gone() {
                 let tenant = id(["x", "y"][(n + round) % 2]);
                 let done = match (n + round) % 3 {
                     0 => control.delete(&tenant, "test").await.map(drop),
-                    1 => control.create(&tenant, "test", None).await.map(drop),
+                    1 => control.create(&tenant, "test", Choice::default()).await.map(drop),
                     _ => control.make(&tenant, "test", Wanted::ByConnecting).await,
                 };
                 // Refused because of the other's work is what may happen; nothing else is.
@@ -773,6 +773,8 @@ async fn the_command_line_does_the_same() {
         weight: 100,
         region: "eu".into(),
         max_db_connections: None,
+        rls_database: "shared".into(),
+        dedicated_to: None,
         tenants: 0,
     };
     let running = Proxy::start(config.clone()).await;
@@ -780,12 +782,12 @@ async fn the_command_line_does_the_same() {
     assert_eq!(cli::shard_add(&config, &shard, false).await.unwrap(), "shard late is ready\n");
     until("the shard", || running.directory.shard("late").is_some()).await;
     assert_eq!(
-        cli::tenant_create(&config, "x", Some("late"), false).await.unwrap(),
+        cli::tenant_create(&config, "x", &Choice { shard: Some("late".into()), plan: None }, false).await.unwrap(),
         "tenant x is active on shard late\n"
     );
     until("the tenant", || running.directory.find("x").is_some()).await;
-    assert!(cli::tenant_create(&config, "y", Some("none"), false).await.is_err());
-    assert!(cli::tenant_create(&config, "Y", None, false).await.is_err());
+    assert!(cli::tenant_create(&config, "y", &Choice { shard: Some("none".into()), plan: None }, false).await.is_err());
+    assert!(cli::tenant_create(&config, "Y", &Choice::default(), false).await.is_err());
     assert!(cli::tenant_list(&config, None, None, false, false).await.unwrap().contains("x   active"));
     assert!(cli::tenant_show(&config, "x", true).await.unwrap().contains("\"shard\": \"late\""));
     assert!(

@@ -69,7 +69,7 @@ impl World {
 
 async fn create(server: &Server, tenants: &[&str]) {
     for tenant in tenants {
-        server.control().create(&TenantId::parse(tenant).unwrap(), "test", None).await.unwrap();
+        server.control().create(&TenantId::parse(tenant).unwrap(), "test", Default::default()).await.unwrap();
     }
 }
 

@@ -232,6 +232,14 @@ const SHARDS: &[Key] = keys! { many shards:
     port: Port;
     /// The database that tenants' schemas are made in; made at the start if it is missing.
     database: Text;
+    /// The database that tenants of plan "rls" share; made with the first of them.
+    rls_database: Text;
+    /// The one tenant that has this shard to itself (plan "cluster"); it takes no other.
+    dedicated_to: Optional<Text>, "\"client_001\"";
+    /// A role that exists there and that this tenant is to use, superuser or not. Absent: pgusher makes one.
+    tenant_role: Optional<Text>, "\"app\"";
+    /// Its password. Absent: it is derived like all others.
+    tenant_password: Hidden, "\"…\"";
     /// A superuser. It makes and removes tenants and never runs a client's statement.
     admin_user: Text;
     /// Its password.
@@ -245,8 +253,12 @@ const SHARDS: &[Key] = keys! { many shards:
 };
 
 const PROVISION: &[Key] = keys! { one provision:
-    /// Plan of new tenants: "schema" is a schema of its own in a shared database.
+    /// Plan of new tenants: "rls" is rows of shared tables, "schema" a schema of its own in a shared database,
+    /// "database" a database of its own, "cluster" a shard of its own (one that is dedicated_to it).
     plan: OneOf<crate::tenant::Plan>;
+    /// "compat": psql, introspection and pg_dump work as everywhere. "strict": whatever grants can close is closed,
+    /// which breaks them. Can be changed; databases are brought to it at the start.
+    hardening: OneOf<crate::tenant::plan::Hardening>;
     /// Directory of .sql files that every new tenant starts with, run in order of their names, as the tenant.
     template_dir: Optional<File>, "\"/etc/pgusher/template\"";
     /// Tenants' passwords towards the shards are derived from it, so that none is stored. At least 32 characters,

@@ -34,6 +34,7 @@ use crate::directory::connector::{Connector, Endpoint};
 use crate::directory::follow::{self, Follower, Link};
 use crate::directory::{AppUser, Directory, ProvisionRequest, Shard, Tenant};
 use crate::error::{PgError, sqlstate};
+use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::tenant::credential::Verifier;
 use crate::tenant::{Status, TenantId};
@@ -113,6 +114,7 @@ pub struct Control {
     flights: Flights,
     /// Administrators' connections, by shard and database.
     pools: DashMap<(String, String), Arc<AdminPool>>,
+    passwords: Passwords,
     /// Databases known to be set up.
     prepared: DashMap<String, ()>,
     health: DashMap<String, ShardHealth>,
@@ -214,6 +216,7 @@ impl Control {
         let at = catalog_endpoint(&config)?;
         let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
         Ok(Self {
+            passwords: Passwords::new(&config),
             config,
             directory,
             traffic,
@@ -362,7 +365,11 @@ impl Control {
         self.catalog.sweep();
         self.pools.iter().for_each(|pool| pool.sweep());
         for shard in self.directory.shards() {
-            if let Err(error) = self.ensure_setup(&shard.name, &shard.database).await {
+            let plan = self.config.provision.plan;
+            if shard.dedicated_to.is_some() || plan.wants_own_shard() {
+                continue;
+            }
+            if let Err(error) = self.ensure_setup(&shard, plan).await {
                 tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
             }
         }
@@ -409,6 +416,8 @@ fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
         host: record.host.clone(),
         port: record.port,
         database: record.database.clone(),
+        rls_database: record.rls_database.clone(),
+        dedicated_to: record.dedicated_to.as_deref().and_then(|id| TenantId::parse(id).ok()),
         weight: record.weight,
         region: record.region.clone(),
         max_db_connections: record.max_db_connections.unwrap_or(max_db_connections),

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::signals::{Event, Signals};
 use crate::config::{Config, Secret, ShardConfig, User};
+use crate::control::provision::Choice;
 use crate::error::PgError;
 use crate::server::{ServeError, Server};
 use crate::tenant::{InvalidTenantId, TenantId};
@@ -303,7 +304,7 @@ async fn provision(server: &Server, tenants: &[TenantId]) -> Result<Vec<Seat>, D
     let mut seats = Vec::with_capacity(tenants.len());
     for id in tenants {
         let record = control
-            .create(id, "pgusher dev", None)
+            .create(id, "pgusher dev", Choice::default())
             .await
             .map_err(|error| DevError::Provision { tenant: id.clone(), error })?;
         seats.push(Seat { id: id.clone(), shard: record.shard, schema: record.schema });

@@ -19,7 +19,7 @@ use tokio_postgres::{Client, Row};
 
 use super::connector::{ConnectError, Connector, Endpoint, explain};
 use super::snapshot::Contents;
-use super::{AppUser, Directory, Shard, Tenant};
+use super::{AppUser, Directory, Names, Shard, Tenant};
 use crate::error::sqlstate;
 use crate::tenant::credential::Verifier;
 use crate::tenant::sql::Ident;
@@ -32,7 +32,10 @@ pub const CHANNEL: &str = "pgusher_changes";
 const MIGRATION_LOCK: i64 = 0x70_67_75_73_68_65_72;
 
 /// Versioned migrations, run in order, each in a transaction of its own.
-const MIGRATIONS: &[(i32, &str, &str)] = &[(1, "catalog", include_str!("migrations/0001_catalog.sql"))];
+const MIGRATIONS: &[(i32, &str, &str)] = &[
+    (1, "catalog", include_str!("migrations/0001_catalog.sql")),
+    (2, "plans", include_str!("migrations/0002_plans.sql")),
+];
 
 /// Removals older than this are forgotten ten times later; who has not read for so long reads everything.
 const FORGET: Duration = Duration::from_secs(24 * 3600);
@@ -219,10 +222,10 @@ pub struct Reader {
 /// How far the directory is known to be, for the snapshot; `None` before the first read.
 pub type Position = Arc<Mutex<Option<Seen>>>;
 
-const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier \
+const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier, t.managed \
                        FROM pgusher.tenants t LEFT JOIN pgusher.credentials c ON c.tenant = t.id";
-const SHARDS: &str = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections \
-                      FROM pgusher.shards s";
+const SHARDS: &str = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections, \
+                      s.rls_database, s.dedicated_to FROM pgusher.shards s";
 const USERS: &str = "SELECT u.name, u.verifier, u.tenants, u.auto_provision FROM pgusher.credentials u \
                      WHERE u.kind = 'user'";
 
@@ -453,15 +456,16 @@ impl Reader {
     fn tenant(&mut self, id: &TenantId, status: Status, row: &Row) -> Option<Tenant> {
         let plan = Plan::parse(row.get(1));
         let shard = self.home(row.get(2), row.get(3));
-        let as_planned =
-            |plan: &Plan| plan.schema(id) == row.get::<_, &str>(4) && plan.role(id) == row.get::<_, &str>(5);
-        let (Some(plan), Some(shard)) = (plan.filter(as_planned), shard) else {
+        let (Some(plan), Some(shard)) = (plan, shard) else {
             tracing::error!(tenant = %id, "the catalog gives this tenant a home that this pgusher cannot reach");
             return None;
         };
         let verifier = row.get::<_, Option<&str>>(8).and_then(|text| Verifier::parse(text).ok());
         let epoch = u64::try_from(row.get::<_, i64>(7)).unwrap_or(0);
-        Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier })
+        let (schema, role): (&str, &str) = (row.get(4), row.get(5));
+        let as_planned = schema == plan.default_schema(id) && role == id.as_str();
+        let names = (!as_planned).then(|| Box::new(Names { schema: schema.to_owned(), role: role.to_owned() }));
+        Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier, names, managed: row.get(9) })
     }
 
     fn home(&mut self, name: &str, database: &str) -> Option<Arc<Shard>> {
@@ -496,6 +500,11 @@ fn shard(row: &Row, max_db_connections: usize) -> Option<Shard> {
         weight: u32::try_from(row.get::<_, i32>(4)).ok()?,
         region: row.get(5),
         max_db_connections: most.map_or(Some(max_db_connections), |most| usize::try_from(most).ok())?,
+        rls_database: row.get(7),
+        dedicated_to: match row.get::<_, Option<&str>>(8) {
+            Some(id) => Some(TenantId::parse(id).ok()?),
+            None => None,
+        },
     })
 }
 

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::PgError;
 use crate::tenant::credential::Verifier;
+use crate::tenant::plan::Databases;
 use crate::tenant::{Plan, Status, TenantId};
 
 use self::ring::Ring;
@@ -38,6 +39,10 @@ pub struct Shard {
     pub port: u16,
     /// The database that holds the tenants of plan `schema`.
     pub database: String,
+    /// The database that holds the tenants of plan `rls`.
+    pub rls_database: String,
+    /// The tenant that has the shard to itself; it takes no other.
+    pub dedicated_to: Option<TenantId>,
     /// Weight on the ring; 0 takes no new tenants.
     pub weight: u32,
     /// Where it stands, for placement and display; may be empty.
@@ -55,11 +60,29 @@ impl Shard {
             host: "127.0.0.1".into(),
             port: 5432,
             database: "tenants".into(),
+            rls_database: "shared".into(),
+            dedicated_to: None,
             weight: 100,
             region: String::new(),
             max_db_connections: 10,
         }
     }
+}
+
+impl Shard {
+    /// Its databases that tenants share.
+    pub fn databases(&self) -> Databases<'_> {
+        Databases { schemas: &self.database, rows: &self.rls_database }
+    }
+}
+
+/// Names of a tenant's place that are not what its plan would give it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// Schema of its tables.
+    pub schema: String,
+    /// Role of its server connections.
+    pub role: String,
 }
 
 /// A tenant as this proxy knows it.
@@ -77,17 +100,21 @@ pub struct Tenant {
     pub epoch: u64,
     /// The tenant's own credential, if it has one.
     pub verifier: Option<Verifier>,
+    /// Names that were there before the tenant; `None` is what the plan says.
+    pub names: Option<Box<Names>>,
+    /// Whether pgusher made its place, and its role's password.
+    pub managed: bool,
 }
 
 impl Tenant {
     /// The role that its server connections log in as.
-    pub fn role(&self) -> String {
-        self.plan.role(&self.id)
+    pub fn role(&self) -> &str {
+        self.names.as_ref().map_or(self.id.as_str(), |names| &names.role)
     }
 
     /// The schema that holds its objects.
-    pub fn schema(&self) -> String {
-        self.plan.schema(&self.id)
+    pub fn schema(&self) -> &str {
+        self.names.as_ref().map_or_else(|| self.plan.default_schema(&self.id), |names| &names.schema)
     }
 
     /// The database that it lives in.
@@ -97,7 +124,7 @@ impl Tenant {
 
     /// The startup settings with which an unchanged client finds its tables.
     pub fn startup_settings(&self) -> Vec<(String, String)> {
-        self.plan.startup_settings(&self.id)
+        self.plan.startup_settings(self.schema())
     }
 }
 
@@ -220,6 +247,11 @@ impl Directory {
         self.counts.get(shard).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
+    /// The shard that this tenant has to itself.
+    pub fn own_shard(&self, id: &TenantId) -> Option<Arc<Shard>> {
+        self.shards.iter().find(|shard| shard.dedicated_to.as_ref() == Some(id)).map(|entry| entry.clone())
+    }
+
     /// The shard where a new tenant goes; none if no shard takes tenants.
     pub fn place(&self, id: &TenantId) -> Option<Arc<Shard>> {
         self.ring.load().place(id.as_str()).and_then(|name| self.shard(name))
@@ -264,7 +296,8 @@ impl Directory {
 
     fn make_ring(&self) {
         let shards = self.shards();
-        self.ring.store(Arc::new(Ring::new(shards.iter().map(|shard| (shard.name.as_str(), shard.weight)))));
+        let shared = shards.iter().filter(|shard| shard.dedicated_to.is_none());
+        self.ring.store(Arc::new(Ring::new(shared.map(|shard| (shard.name.as_str(), shard.weight)))));
         self.version.fetch_add(1, Ordering::AcqRel);
     }
 

@@ -21,14 +21,14 @@ use sha2::Sha256;
 
 use super::catalog::Seen;
 use super::connector::Endpoint;
-use super::{AppUser, Directory, Shard, Tenant};
+use super::{AppUser, Directory, Names, Shard, Tenant};
 use crate::config::Secret;
 use crate::tenant::credential::{self, Verifier};
 use crate::tenant::{Plan, Status, TenantId};
 
 const MAGIC: &[u8] = b"pgusher snapshot\n";
 /// Raised with every change of what is written; a file of another format is not read.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const MAC: usize = 32;
 
 /// Why a file is not used.
@@ -95,6 +95,8 @@ struct SavedShard {
     host: String,
     port: u16,
     database: String,
+    rls_database: String,
+    dedicated_to: Option<String>,
     weight: u32,
     region: String,
     max_db_connections: u64,
@@ -118,6 +120,9 @@ struct SavedTenant<'a> {
     epoch: u64,
     #[serde(borrow)]
     verifier: Option<SavedVerifier<'a>>,
+    /// Schema and role, where they are not what the plan says.
+    names: Option<(&'a str, &'a str)>,
+    managed: bool,
 }
 
 /// Bytes rather than the text that the catalog has: half the size, and nothing to decode.
@@ -279,6 +284,8 @@ impl SavedShard {
             host: shard.host.clone(),
             port: shard.port,
             database: shard.database.clone(),
+            rls_database: shard.rls_database.clone(),
+            dedicated_to: shard.dedicated_to.as_ref().map(ToString::to_string),
             weight: shard.weight,
             region: shard.region.clone(),
             max_db_connections: shard.max_db_connections as u64,
@@ -291,6 +298,8 @@ impl SavedShard {
             host: self.host,
             port: self.port,
             database: self.database,
+            rls_database: self.rls_database,
+            dedicated_to: self.dedicated_to.and_then(|id| TenantId::parse(&id).ok()),
             weight: self.weight,
             region: self.region,
             max_db_connections: usize::try_from(self.max_db_connections).unwrap_or(usize::MAX),
@@ -333,6 +342,8 @@ impl<'a> SavedTenant<'a> {
             suspended: tenant.status == Status::Suspended,
             epoch: tenant.epoch,
             verifier: tenant.verifier.as_ref().map(save),
+            names: tenant.names.as_ref().map(|names| (names.schema.as_str(), names.role.as_str())),
+            managed: tenant.managed,
         }
     }
 
@@ -345,6 +356,10 @@ impl<'a> SavedTenant<'a> {
             status: if self.suspended { Status::Suspended } else { Status::Active },
             epoch: self.epoch,
             verifier: self.verifier.map(SavedVerifier::restore).transpose()?,
+            names: self
+                .names
+                .map(|(schema, role)| Box::new(Names { schema: schema.to_owned(), role: role.to_owned() })),
+            managed: self.managed,
         })
     }
 }
@@ -403,6 +418,8 @@ mod tests {
                     status: if n % 10 == 0 { Status::Suspended } else { Status::Active },
                     epoch: n as u64,
                     verifier: (n % 3 > 0).then(|| Verifier::make("pw", &[n as u8; 16], 1)),
+                    names: (n % 7 == 0).then(|| Box::new(Names { schema: "s".into(), role: format!("r{n}") })),
+                    managed: n % 5 > 0,
                 });
             }
             Self { dir: tempfile::tempdir().unwrap(), directory }

@@ -110,7 +110,7 @@ mod tests {
     fn tenant(id: &str, shard: &Arc<Shard>, epoch: u64) -> Arc<Tenant> {
         let id = TenantId::parse(id).unwrap();
         let (plan, status, verifier) = (Plan::Schema, Status::Active, None);
-        Arc::new(Tenant { id, plan, shard: shard.clone(), status, epoch, verifier })
+        Arc::new(Tenant { id, plan, shard: shard.clone(), status, epoch, verifier, names: None, managed: true })
     }
 
     #[test]

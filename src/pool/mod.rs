@@ -11,6 +11,7 @@ pub mod cancel;
 pub mod connect;
 pub mod lease;
 pub mod params;
+pub mod passwords;
 pub mod residue;
 pub mod scram;
 pub mod shard;
@@ -41,6 +42,9 @@ use statements::Registry;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
+
+/// The one that is no setting but the database that the client asked for; only where a plan lets it choose.
+pub const DATABASE: &str = "database";
 
 /// How many connections, and for how long. See `[pool]` in the configuration.
 #[derive(Debug, Clone)]

@@ -1,4 +1,5 @@
--- Once per database that holds tenants of plan `schema`, as superuser. May be run again at any time.
+-- Hardening of a database that tenants' roles log in to, both grades, as superuser. May be run again at any time;
+-- `plan_strict.sql` goes further, `plan_unstrict.sql` takes back what that one took.
 
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 
