@@ -4,6 +4,8 @@
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
 pub mod flow;
+pub mod guard;
+pub mod lex;
 pub mod scan;
 pub mod session;
 
