@@ -33,6 +33,7 @@ use crate::stream::{Detached, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
+use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
 use crate::wire::message;
 
@@ -131,7 +132,7 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let mut unsent = BytesMut::new();
     let proof = prove(&shared, &settled, &mut opening, &mut unsent);
     let refused = match tokio::time::timeout_at(deadline, proof).await {
-        Ok(Ok(identity)) => match admit(&shared, &identity, &opening).await {
+        Ok(Ok(identity)) => match admit(&shared, &identity, &opening, peer).await {
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
@@ -235,13 +236,19 @@ async fn admit(
     shared: &Shared,
     identity: &Identity,
     opening: &Opening,
+    peer: Peer,
 ) -> Result<(Arc<Tenant>, Settings, Arc<str>), PgError> {
     let user = opening.startup.user();
+    let report = |tenant: &str, error: &PgError| {
+        let attempt = Violation::new(Kind::Startup, Action::Refused, tenant, user, peer);
+        shared.metrics.report(attempt.what(error.message.as_str()));
+    };
     let id = identity.tenant.as_ref().map_err(|error| {
+        let told = PgError::from(error);
         if error.is_violation() {
-            shared.metrics.count_violation("startup", "refused", named(&identity.login));
+            report(named(&identity.login), &told);
         }
-        PgError::from(error)
+        told
     })?;
     let tenant = match shared.directory.find(id.as_str()) {
         Some(tenant) => tenant,
@@ -254,7 +261,7 @@ async fn admit(
     let parameters = ClientParameters::read(&opening.startup);
     let settings = parameters.settings_for(&tenant.schema()).map_err(|refusal| {
         if refusal.violation {
-            shared.metrics.count_violation("startup", "refused", id.as_str());
+            report(id.as_str(), &refusal.error);
         }
         refusal.error
     })?;
@@ -364,6 +371,8 @@ async fn greet(
         key,
         signals,
         rules: admitted.settled.relay.clone(),
+        user: admitted.user.into(),
+        from: admitted.peer.to_string().into(),
     };
     Ok((client, registered, admitted._counted))
 }

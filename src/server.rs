@@ -313,6 +313,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
             client_idle_timeout: proxy.client_idle_timeout,
             idle_transaction_timeout: proxy.idle_transaction_timeout,
             query_timeout: proxy.query_timeout,
+            guard: config.guard.mode,
         }),
     })
 }

@@ -7,6 +7,7 @@
 pub mod catalog;
 pub mod connector;
 pub mod follow;
+pub mod names;
 pub mod ring;
 
 use std::collections::HashSet;
@@ -22,6 +23,7 @@ use crate::error::PgError;
 use crate::tenant::credential::Verifier;
 use crate::tenant::{Plan, Status, TenantId};
 
+use self::names::Names;
 use self::ring::Ring;
 
 /// A PostgreSQL cluster that tenants live on.
@@ -138,6 +140,8 @@ pub struct Directory {
     counts: DashMap<String, AtomicUsize>,
     ring: ArcSwap<Ring>,
     version: AtomicU64,
+    /// Names of tenants, for those who may not wait for a lock.
+    names: Names,
     provision: mpsc::Sender<ProvisionRequest>,
 }
 
@@ -152,6 +156,7 @@ impl Directory {
             counts: DashMap::new(),
             ring: ArcSwap::from_pointee(Ring::new([])),
             version: AtomicU64::new(1),
+            names: Names::default(),
             provision,
         }
     }
@@ -164,6 +169,12 @@ impl Directory {
     /// The tenant, whatever its status (a `Deleted` or `Creating` one is not here).
     pub fn find(&self, id: &str) -> Option<Arc<Tenant>> {
         self.tenants.get(id).map(|entry| entry.clone())
+    }
+
+    /// Whether a tenant may have this name. Sometimes wrong, never with a no; takes no lock.
+    #[inline]
+    pub fn may_have(&self, name: &[u8]) -> bool {
+        self.names.may_have(name)
     }
 
     /// The application user of this name.
@@ -229,6 +240,7 @@ impl Directory {
     /// Puts a tenant's new state in place. Only whoever follows the catalog does, so that no older state wins.
     pub fn put(&self, tenant: Tenant) -> Arc<Tenant> {
         let tenant = Arc::new(tenant);
+        self.names.add(tenant.id.as_str());
         let old = self.tenants.insert(tenant.id.clone(), tenant.clone());
         self.counts.entry(tenant.shard.name.clone()).or_default().fetch_add(1, Ordering::Relaxed);
         self.uncount(old.as_deref());

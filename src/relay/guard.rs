@@ -8,10 +8,9 @@
 //! PostgreSQL does ([`lex`](super::lex)). It prefers to let something through: a refusal that is wrong breaks an
 //! application, a refusal that is missing costs nothing but the counting.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::lex::{Lex, Token, tokens};
 use crate::error::{PgError, sqlstate};
+use crate::tenant::Plan;
 
 /// Longest text (bytes) that is read; what is longer is read up to there.
 const MAX_TEXT: usize = 256 << 10;
@@ -40,6 +39,18 @@ pub enum Neighbours {
     Rows,
     /// There are none: the server is its own, with all roles and databases.
     None,
+}
+
+impl Neighbours {
+    /// What a plan says about it.
+    pub fn of(plan: Plan) -> Self {
+        match plan.as_str() {
+            "schema" => Self::Schemas,
+            "database" => Self::Databases,
+            "rls" => Self::Rows,
+            _ => Self::None,
+        }
+    }
 }
 
 /// Why a text is refused.
@@ -500,42 +511,6 @@ pub fn fingerprint(sql: &[u8], lex: Lex) -> String {
         hash.update(b" ");
     }
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The names of all tenants, in so little space and time that every qualified name in every statement can be asked
-/// for: a filter that forgets nothing and is sometimes wrong. Reading it takes no lock.
-pub struct Names {
-    bits: Box<[AtomicU64]>,
-    hasher: ahash::RandomState,
-}
-
-impl Default for Names {
-    fn default() -> Self {
-        Self { bits: (0..WORDS).map(|_| AtomicU64::new(0)).collect(), hasher: ahash::RandomState::new() }
-    }
-}
-
-/// 1 MiB: half a million names make it wrong once in seventeen times, ten thousand once in eight hundred.
-const WORDS: usize = 1 << 17;
-
-impl Names {
-    /// Notes a name.
-    pub fn add(&self, name: &str) {
-        let (word, bit) = self.place(name.as_bytes());
-        self.bits[word].fetch_or(bit, Ordering::Relaxed);
-    }
-
-    /// Whether the name may be one that was noted; never wrongly no.
-    #[inline]
-    pub fn may_have(&self, name: &[u8]) -> bool {
-        let (word, bit) = self.place(name);
-        self.bits[word].load(Ordering::Relaxed) & bit != 0
-    }
-
-    fn place(&self, name: &[u8]) -> (usize, u64) {
-        let hash = self.hasher.hash_one(name);
-        ((hash >> 6) as usize & (WORDS - 1), 1 << (hash & 63))
-    }
 }
 
 #[cfg(test)]

@@ -327,16 +327,6 @@ fn a_fingerprint_keeps_nothing_of_what_was_written() {
     assert_eq!(print("select 1").len(), 16);
 }
 
-#[test]
-fn names_are_never_forgotten() {
-    let names = Names::default();
-    assert!(!names.may_have(b"client_1"));
-    (0..1000).for_each(|n| names.add(&format!("client_{n}")));
-    assert!((0..1000).all(|n| names.may_have(format!("client_{n}").as_bytes())));
-    let wrong = (0..10_000).filter(|n| names.may_have(format!("other_{n}").as_bytes())).count();
-    assert!(wrong < 100, "{wrong}");
-}
-
 proptest::proptest! {
     #[test]
     fn no_bytes_make_it_panic(sql in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
