@@ -217,6 +217,7 @@ impl Server {
             let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
             Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
         };
+        control.keep_journal(shared.metrics.clone());
         let accepting = shutdown.child_token();
         let mut addresses = listen(&config, &shared, &accepting)?;
         spawn_sweeper(&shared, shutdown.clone());

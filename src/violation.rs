@@ -122,18 +122,35 @@ impl Violation {
 /// Records that may wait to be written.
 const QUEUE: usize = 8192;
 
+/// Where a record was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    /// Too many waited.
+    Queue,
+    /// The catalog was away.
+    Catalog,
+    /// The audit log could not be written.
+    Audit,
+}
+
+impl Lost {
+    /// All places, with their labels.
+    pub const ALL: [(Self, &'static str); 3] =
+        [(Self::Queue, "queue"), (Self::Catalog, "catalog"), (Self::Audit, "audit")];
+}
+
 /// The way from whoever stops an attempt to whoever writes it down.
 #[derive(Debug)]
 pub struct Desk {
     sender: mpsc::Sender<Violation>,
     receiver: Mutex<Option<mpsc::Receiver<Violation>>>,
-    lost: AtomicU64,
+    lost: [AtomicU64; 3],
 }
 
 impl Default for Desk {
     fn default() -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        Self { sender, receiver: Mutex::new(Some(receiver)), lost: 0.into() }
+        Self { sender, receiver: Mutex::new(Some(receiver)), lost: Default::default() }
     }
 }
 
@@ -141,7 +158,7 @@ impl Desk {
     /// Takes a record, unless too many wait: then it is counted as lost.
     pub fn hand_in(&self, violation: Violation) {
         if self.sender.try_send(violation).is_err() {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.lose(Lost::Queue, 1);
         }
     }
 
@@ -151,13 +168,13 @@ impl Desk {
     }
 
     /// Records that were not written down.
-    pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    pub fn lost(&self, at: Lost) -> u64 {
+        self.lost[at as usize].load(Ordering::Relaxed)
     }
 
     /// Notes records that could not be written down.
-    pub fn lose(&self, count: u64) {
-        self.lost.fetch_add(count, Ordering::Relaxed);
+    pub fn lose(&self, at: Lost, count: usize) {
+        self.lost[at as usize].fetch_add(count as u64, Ordering::Relaxed);
     }
 }
 
@@ -232,7 +249,7 @@ mod tests {
         let desk = Desk::default();
         let one = Violation::new(Kind::Guard, Action::Refused, "t", "t", "unix socket");
         (0..QUEUE + 3).for_each(|_| desk.hand_in(one.clone()));
-        assert_eq!(desk.lost(), 3);
+        assert_eq!(desk.lost(Lost::Queue), 3);
         assert!(desk.open().is_some() && desk.open().is_none());
     }
 }

@@ -9,6 +9,7 @@ pub(crate) mod admin;
 pub mod api;
 pub mod cli;
 mod delete;
+mod journal;
 pub mod provision;
 pub mod records;
 pub mod shards;
@@ -27,6 +28,7 @@ use self::admin::{Admin, AdminPool};
 use self::provision::{Flights, Wanted};
 use self::records::{ShardRecord, TenantRecord};
 use self::shards::{ShardHealth, admin_endpoint};
+use crate::audit::Audit;
 use crate::config::{Config, Secret};
 use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
 use crate::directory::connector::{Connector, Endpoint};
@@ -105,6 +107,7 @@ pub struct Control {
     traffic: Arc<dyn Traffic>,
     connector: Connector,
     catalog: AdminPool,
+    audit: Option<Arc<Audit>>,
     /// `None` in a program that ends after one command: then the directory holds shards only.
     follower: Option<follow::Handle>,
     flights: Flights,
@@ -185,12 +188,14 @@ impl Control {
     ) -> Result<Self, ControlError> {
         let at = catalog_endpoint(&config)?;
         let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
+        let audit = journal::audit_of(&config);
         Ok(Self {
             config,
             directory,
             traffic,
             connector,
             catalog,
+            audit,
             follower,
             flights: Flights::default(),
             pools: DashMap::new(),
