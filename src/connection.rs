@@ -35,6 +35,7 @@ use crate::stream::{Detached, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
+use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
 use crate::wire::message;
 
@@ -151,7 +152,7 @@ async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let mut unsent = BytesMut::new();
     let proof = prove(&shared, &settled, &mut opening, &mut unsent);
     let refused = match tokio::time::timeout_at(deadline, proof).await {
-        Ok(Ok(identity)) => match admit(&shared, &identity, &opening).await {
+        Ok(Ok(identity)) => match admit(&shared, &identity, &opening, peer).await {
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
@@ -255,13 +256,19 @@ async fn admit(
     shared: &Shared,
     identity: &Identity,
     opening: &Opening,
+    peer: Peer,
 ) -> Result<(Arc<Tenant>, Settings, Arc<str>), PgError> {
     let user = opening.startup.user();
+    let report = |tenant: &str, error: &PgError| {
+        let attempt = Violation::new(Kind::Startup, Action::Refused, tenant, user, peer);
+        shared.metrics.report(attempt.what(error.message.as_str()));
+    };
     let id = identity.tenant.as_ref().map_err(|error| {
+        let told = PgError::from(error);
         if error.is_violation() {
-            shared.metrics.count_violation("startup", "refused", named(&identity.login));
+            report(named(&identity.login), &told);
         }
-        PgError::from(error)
+        told
     })?;
     let tenant = match shared.directory.find(id.as_str()) {
         Some(tenant) => tenant,
@@ -275,7 +282,7 @@ async fn admit(
     let chooses = tenant.plan.clients_choose_place();
     let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
         if refusal.violation {
-            shared.metrics.count_violation("startup", "refused", id.as_str());
+            report(id.as_str(), &refusal.error);
         }
         refusal.error
     })?;
@@ -432,6 +439,8 @@ async fn greet(
         key,
         signals,
         rules: admitted.settled.relay.clone(),
+        user: admitted.user.into(),
+        from: admitted.peer.to_string().into(),
     };
     Ok((client, registered, admitted._counted))
 }

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::control::Control;
 use crate::metrics::{PIN_REASONS, TIME_BUCKETS, TenantStats, Times};
 use crate::server::Shared;
+use crate::violation::Lost;
 
 /// What the exporter reads.
 pub struct Exporter {
@@ -237,7 +238,7 @@ impl Exporter {
         for shard in self.shared.directory.shards() {
             tenants.add(&[("shard", &shard.name)], self.shared.directory.tenants_on(&shard.name) as f64);
         }
-        vec![connections.0, storage.0, rate.0, tenants.0, self.violations()]
+        vec![connections.0, storage.0, rate.0, tenants.0, self.violations(), self.lost_records()]
     }
 
     fn violations(&self) -> MetricFamily {
@@ -252,6 +253,15 @@ impl Exporter {
         }
         for ((kind, action, tenant), n) in violations {
             family.add(&[("action", action), ("kind", kind), ("tenant", &tenant)], n as f64);
+        }
+        family.0
+    }
+
+    fn lost_records(&self) -> MetricFamily {
+        let help = "Violations that were counted but not written down, by where the record was lost.";
+        let mut family = Family::counter("pgusher_violation_records_lost_total", help);
+        for (at, label) in Lost::ALL {
+            family.add(&[("at", label)], self.shared.metrics.desk.lost(at) as f64);
         }
         family.0
     }

@@ -224,6 +224,7 @@ impl Server {
             let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
             Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
         };
+        control.keep_journal(shared.metrics.clone());
         let accepting = shutdown.child_token();
         let mut addresses = listen(&config, &shared, &accepting)?;
         spawn_sweeper(&shared, shutdown.clone());
@@ -324,6 +325,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
             client_idle_timeout: proxy.client_idle_timeout,
             idle_transaction_timeout: proxy.idle_transaction_timeout,
             query_timeout: proxy.query_timeout,
+            guard: config.guard.mode,
         }),
     })
 }

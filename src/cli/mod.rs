@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::audit::Key;
 use crate::config::{Config, Purpose};
 use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
@@ -67,6 +68,11 @@ enum Command {
         #[command(subcommand)]
         command: ShardCommand,
     },
+    /// Check the audit log
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
     /// Ask a running pgusher whether it is ready; exits with 1 if not
     Health {
         /// What to ask
@@ -75,6 +81,18 @@ enum Command {
         /// How long to wait for an answer
         #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
         timeout: std::time::Duration,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Find every line that was changed, removed, put in or moved; exits with 1 if there is one
+    Verify {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Logs in the order in which they were written, if not the one of the configuration
+        #[arg(value_name = "LOG")]
+        files: Vec<PathBuf>,
     },
 }
 
@@ -243,6 +261,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Tenant { command } => tenant(command).await,
         Command::Shard { command } => shard(command).await,
+        Command::Audit { command } => audit(command),
         Command::Health { url, timeout } => {
             println!("{}", health::probe(&url, timeout)?);
             Ok(ExitCode::SUCCESS)
@@ -342,6 +361,23 @@ async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
         }
     };
     print!("{text}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn audit(command: AuditCommand) -> Result<ExitCode, Failure> {
+    let AuditCommand::Verify { config, files } = command;
+    let config = control_config(&config)?;
+    let files = if files.is_empty() { config.audit.file.into_iter().collect() } else { files };
+    if files.is_empty() {
+        let hint = "Set [audit] file, or name the log.".to_owned();
+        return Err(Failure { message: "there is no audit log".into(), hint: Some(hint) });
+    }
+    let sound = crate::audit::verify(&files, &Key::derive(config.provision.master_secret.expose()))?;
+    let numbers = sound.numbers.map_or(String::new(), |(first, last)| format!(", numbers {first} to {last}"));
+    println!("{} lines{numbers}: as they were written", sound.lines);
+    if !sound.head {
+        println!("No head beside the last log: whether lines are missing at its end cannot be told.");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -81,6 +81,8 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { name: "catalog", many: false, about: CATALOG_ABOUT, keys: CATALOG },
     Section { name: "shards", many: true, about: SHARDS_ABOUT, keys: SHARDS },
     Section { name: "provision", many: false, about: &["How a tenant is made."], keys: PROVISION },
+    Section { name: "guard", many: false, about: GUARD_ABOUT, keys: GUARD },
+    Section { name: "audit", many: false, about: AUDIT_ABOUT, keys: AUDIT },
     Section { name: "api", many: false, about: &["The admin HTTP API."], keys: API },
     Section { name: "metrics", many: false, about: &["Numbers for Prometheus."], keys: METRICS },
     Section { name: "log", many: false, about: &["Log lines, on standard error."], keys: LOG },
@@ -272,6 +274,26 @@ const PROVISION: &[Key] = keys! { one provision:
     role_connection_limit: Number<i32, { -1 }, 262_143>;
     /// How long making one tenant may take.
     provision_timeout: SomeTime;
+};
+
+const GUARD_ABOUT: &[&str] = &[
+    "Statements that plainly reach for another tenant or another identity. What a tenant's role may not do, it cannot do",
+    "without the guard either; the guard says so earlier, and every attempt is counted.",
+];
+
+const GUARD: &[Key] = keys! { one guard:
+    /// "enforce" refuses such statements, "observe" counts them and lets them through, "off" does not look.
+    mode: OneOf<super::GuardMode>;
+};
+
+const AUDIT_ABOUT: &[&str] = &[
+    "The audit log: a line for every violation and for every change to tenants and shards, append-only. Each line carries",
+    "the hash of the one before it, under a key derived from master_secret; `pgusher audit verify` checks them.",
+];
+
+const AUDIT: &[Key] = keys! { one audit:
+    /// The file. There is no audit log unless this is set.
+    file: Optional<File>, "\"/var/lib/pgusher/audit.log\"";
 };
 
 const API: &[Key] = keys! { one api:

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::mistake::nearest;
-use super::{AuthType, LogFormat, PoolMode, Secret, Source, SslMode};
+use super::{AuthType, GuardMode, LogFormat, PoolMode, Secret, Source, SslMode};
 use crate::tenant::Plan;
 use crate::tenant::plan::Hardening;
 
@@ -376,6 +376,11 @@ impl<K: Kind> Kind for ListOf<K> {
 impl Word for PoolMode {
     const WORDS: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("session", Self::Session), ("transaction", Self::Transaction)];
+}
+
+impl Word for GuardMode {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("enforce", Self::Enforce), ("observe", Self::Observe), ("off", Self::Off)];
 }
 
 impl Word for SslMode {

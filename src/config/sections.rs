@@ -220,6 +220,32 @@ pub struct Provision {
     pub provision_timeout: Duration,
 }
 
+/// What becomes of statements that plainly reach for another tenant or another identity.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GuardMode {
+    /// They are refused.
+    #[default]
+    Enforce,
+    /// They are counted and let through.
+    Observe,
+    /// Nobody looks.
+    Off,
+}
+
+/// `[guard]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Guard {
+    /// What becomes of such statements.
+    pub mode: GuardMode,
+}
+
+/// `[audit]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// The audit log; none if absent.
+    pub file: Option<PathBuf>,
+}
+
 /// `[api]`: the admin HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Api {

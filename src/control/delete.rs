@@ -60,6 +60,7 @@ impl Control {
         let marked = catalog.execute(sql, &[&id.as_str()]).await.map_err(failed("mark the tenant as being deleted"))?;
         if marked == 1 {
             records::event(&*catalog, who, "tenant deletion began", Some(id), &json!({})).await?;
+            self.audit_change(who, "tenant deletion began", Some(id), &json!({})).await;
         }
         let record = TenantRecord::find(&*catalog, id).await?;
         catalog.give_back().await;
@@ -130,10 +131,14 @@ impl Control {
             .map_err(&doing)?;
         let sql = "UPDATE pgusher.tenants SET status = 'deleted', epoch = epoch + 1, deleted_at = now() \
                    WHERE id = $1 AND status = 'deleting'";
-        if transaction.execute(sql, &[&id.as_str()]).await.map_err(&doing)? == 1 {
+        let buried = transaction.execute(sql, &[&id.as_str()]).await.map_err(&doing)? == 1;
+        if buried {
             records::event(&transaction, who, "tenant deleted", Some(id), &json!({})).await?;
         }
         transaction.commit().await.map_err(&doing)?;
+        if buried {
+            self.audit_change(who, "tenant deleted", Some(id), &json!({})).await;
+        }
         catalog.give_back().await;
         Ok(())
     }

@@ -9,6 +9,7 @@ pub(crate) mod admin;
 pub mod api;
 pub mod cli;
 mod delete;
+mod journal;
 pub mod provision;
 pub mod records;
 pub mod shards;
@@ -28,6 +29,7 @@ use self::admin::{Admin, AdminPool};
 use self::provision::{Flights, Wanted};
 use self::records::{ShardRecord, TenantRecord};
 use self::shards::{ShardHealth, admin_endpoint};
+use crate::audit::Audit;
 use crate::config::{Config, Secret};
 use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
 use crate::directory::connector::{Connector, Endpoint};
@@ -109,6 +111,7 @@ pub struct Control {
     traffic: Arc<dyn Traffic>,
     connector: Connector,
     catalog: AdminPool,
+    audit: Option<Arc<Audit>>,
     /// `None` in a program that ends after one command: then the directory holds shards only.
     follower: Option<follow::Handle>,
     flights: Flights,
@@ -215,6 +218,7 @@ impl Control {
     ) -> Result<Self, ControlError> {
         let at = catalog_endpoint(&config)?;
         let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
+        let audit = journal::audit_of(&config);
         Ok(Self {
             passwords: Passwords::new(&config),
             config,
@@ -222,6 +226,7 @@ impl Control {
             traffic,
             connector,
             catalog,
+            audit,
             follower,
             flights: Flights::default(),
             pools: DashMap::new(),

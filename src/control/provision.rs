@@ -416,8 +416,10 @@ impl Control {
                    ON CONFLICT (name) DO UPDATE SET verifier = EXCLUDED.verifier WHERE c.kind = 'tenant'";
         transaction.execute(sql, &[&id.as_str(), &verifier.to_text()]).await.map_err(&doing)?;
         let shard: String = row.get(0);
-        records::event(&transaction, who, "tenant created", Some(id), &json!({ "shard": shard })).await?;
+        let detail = json!({ "shard": shard });
+        records::event(&transaction, who, "tenant created", Some(id), &detail).await?;
         transaction.commit().await.map_err(&doing)?;
+        self.audit_change(who, "tenant created", Some(id), &detail).await;
         catalog.give_back().await;
         tracing::info!(tenant = %id, shard, who, "made the tenant");
         Ok(true)
@@ -438,6 +440,7 @@ impl Control {
             if restored + removed > 0 {
                 let detail = json!({ "code": error.code, "message": error.message });
                 records::event(&*catalog, who, "tenant creation failed", Some(id), &detail).await?;
+                self.audit_change(who, "tenant creation failed", Some(id), &detail).await;
             }
             catalog.give_back().await;
             Ok::<(), PgError>(())

@@ -90,6 +90,7 @@ impl Control {
             if record.put(&*catalog).await? {
                 let detail = json!({ "shard": record.name, "host": record.host, "port": record.port });
                 records::event(&*catalog, "config", "shard registered", None, &detail).await?;
+                self.audit_change("config", "shard registered", None, &detail).await;
             }
         }
         catalog.give_back().await;
@@ -129,6 +130,7 @@ impl Control {
         record.put(&*catalog).await?;
         let detail = json!({ "shard": record.name, "host": record.host, "port": record.port, "weight": record.weight });
         records::event(&*catalog, who, "shard added", None, &detail).await?;
+        self.audit_change(who, "shard added", None, &detail).await;
         catalog.give_back().await;
         self.sync().await;
         Ok(())

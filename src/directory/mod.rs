@@ -7,6 +7,7 @@
 pub mod catalog;
 pub mod connector;
 pub mod follow;
+pub mod names;
 pub mod ring;
 pub mod snapshot;
 mod tenants;
@@ -25,6 +26,7 @@ use crate::tenant::credential::Verifier;
 use crate::tenant::plan::Databases;
 use crate::tenant::{Plan, Status, TenantId};
 
+use self::names::NameSet;
 use self::ring::Ring;
 use self::tenants::Tenants;
 
@@ -186,6 +188,8 @@ pub struct Directory {
     version: AtomicU64,
     /// Whether the catalog is followed: then a tenant that is not here does not exist.
     current: AtomicBool,
+    /// Names of tenants, for those who may not wait for a lock.
+    names: NameSet,
     provision: mpsc::Sender<ProvisionRequest>,
 }
 
@@ -201,6 +205,7 @@ impl Directory {
             ring: ArcSwap::from_pointee(Ring::new([])),
             version: AtomicU64::new(1),
             current: AtomicBool::new(false),
+            names: NameSet::default(),
             provision,
         }
     }
@@ -213,6 +218,12 @@ impl Directory {
     /// The tenant, whatever its status (a `Deleted` or `Creating` one is not here).
     pub fn find(&self, id: &str) -> Option<Arc<Tenant>> {
         self.tenants.get(id)
+    }
+
+    /// Whether a tenant may have this name. Sometimes wrong, never with a no; takes no lock.
+    #[inline]
+    pub fn may_have(&self, name: &[u8]) -> bool {
+        self.names.may_have(name)
     }
 
     /// The application user of this name.
@@ -304,6 +315,7 @@ impl Directory {
     /// Puts a tenant's new state in place. Only whoever follows the catalog does, so that no older state wins.
     pub fn put(&self, tenant: impl Into<Arc<Tenant>>) -> Arc<Tenant> {
         let tenant = tenant.into();
+        self.names.add(tenant.id.as_str());
         let old = self.tenants.put(tenant.clone());
         match self.counts.get(&tenant.shard.name) {
             Some(count) => count.fetch_add(1, Ordering::Relaxed),

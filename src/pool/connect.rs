@@ -25,6 +25,7 @@ use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::Metrics;
 use crate::stream::{Socket, Stream};
 use crate::tenant::credential::nonce;
+use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message::{self, Authentication, Cursor, ErrorFields, Malformed};
@@ -163,8 +164,11 @@ impl Connector {
         result.map_err(|error| match error {
             ServerError::Server(error) => error,
             ServerError::Io(error) => unreachable(&tenant.shard).detail(format!("The connection failed: {error}.")),
-            error @ ServerError::Identity { .. } => {
-                self.metrics.count_violation("identity", "closed", tenant.id.as_str());
+            error @ ServerError::Identity { name, .. } => {
+                let kind = if name == "is_superuser" { Kind::Superuser } else { Kind::Identity };
+                // Nobody's doing but the administrator's, who has changed the role.
+                let attempt = Violation::new(kind, Action::Closed, tenant.id.as_str(), "", "login to the server");
+                self.metrics.report(attempt.what(error.to_string()));
                 tracing::error!(tenant = %tenant.id, shard = tenant.shard.name, %error, "server connection closed");
                 PgError::fatal(sqlstate::INTERNAL, "the server logged in as somebody else")
             }

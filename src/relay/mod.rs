@@ -4,11 +4,14 @@
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
 pub mod flow;
+pub mod guard;
+pub mod lex;
 pub mod scan;
 pub mod session;
 pub mod settle;
 pub mod track;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,22 +23,25 @@ use bytes::BytesMut;
 use tokio::time::{Instant, Sleep};
 
 use crate::client::signals::{Signal, Signals};
-use crate::config::PoolMode;
+use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
 use crate::metrics::{Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
-use crate::pool::connect::server_error;
+use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::residue::Carried;
 use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
+use crate::violation::{self, Action, Kind, Violation};
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 use flow::Flow;
-use session::{Link, Session, Verdict};
+use guard::{Neighbours, Seat};
+use lex::Lex;
+use session::{Link, Session, Verdict, Ward};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -70,6 +76,8 @@ pub struct Rules {
     pub idle_transaction_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
+    /// What becomes of statements that reach for another tenant.
+    pub guard: GuardMode,
 }
 
 impl Rules {
@@ -105,6 +113,10 @@ pub struct Client {
     pub stats: Arc<TenantStats>,
     /// What to do.
     pub rules: Arc<Rules>,
+    /// The name it logged in with.
+    pub user: Arc<str>,
+    /// Where it comes from.
+    pub from: Arc<str>,
 }
 
 /// How a connection ended.
@@ -161,6 +173,8 @@ struct Relay {
     server_deaf: bool,
     /// The server has said why it closes.
     farewell: bool,
+    /// The guard has counted a statement and let it through: what the server says to it is not counted again.
+    observed: Cell<bool>,
 }
 
 /// What a client does next.
@@ -201,6 +215,7 @@ impl Relay {
             leaving: false,
             server_deaf: false,
             farewell: false,
+            observed: Cell::new(false),
         }
     }
 
@@ -620,7 +635,8 @@ impl Relay {
                 self.transaction_since.get_or_insert(now);
             }
             let seen = unseen.len().min(header.total);
-            let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements };
+            let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+            let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
@@ -640,6 +656,17 @@ impl Relay {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
             }
         }
+    }
+
+    /// The server says that its connection is somebody else's now.
+    fn stranger(&self, error: &ServerError) -> Outcome {
+        let kind = match error {
+            ServerError::Identity { name: "is_superuser", .. } => Kind::Superuser,
+            _ => Kind::Identity,
+        };
+        self.worker.metrics.report(attempt(&self.client, kind, Action::Closed).what(error.to_string()));
+        let message = "connection closed: the session's identity changed";
+        Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, message))
     }
 
     /// Server to client. `Ready(None)`: something moved.
@@ -693,11 +720,11 @@ impl Relay {
                 b'S' => {
                     let conn = lease.conn();
                     if let Err(error) = conn.note_parameter(&frame[HEADER..]) {
-                        return Err(violation(&self.worker.metrics, &self.client.tenant, &error));
+                        return Err(self.stranger(&error));
                     }
                     self.client.params = conn.params.clone();
                 }
-                b'E' => self.farewell |= note_error(&self.worker, &self.client, frame),
+                b'E' => self.farewell |= note_error(&self.worker, &self.client, &self.observed, frame),
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
@@ -714,6 +741,7 @@ impl Relay {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
             }
             if header.tag == b'Z' {
+                self.observed.set(false);
                 self.account();
             }
         }
@@ -869,25 +897,71 @@ fn out_of_step(what: &dyn std::fmt::Display) -> Outcome {
     )
 }
 
-fn violation(metrics: &Metrics, tenant: &Tenant, error: &dyn std::fmt::Display) -> Outcome {
-    metrics.count_violation("identity", "closed", tenant.id.as_str());
-    tracing::error!(tenant = %tenant.id, %error, "connection closed: isolation violation");
-    Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, "connection closed: the session's identity changed"))
+/// An attempt of this client's.
+fn attempt(client: &Client, kind: Kind, action: Action) -> Violation {
+    Violation::new(kind, action, client.tenant.id.as_str(), &client.user, &client.from)
 }
 
-/// Counts a server's error; `true` if it is the server's farewell. Permission denied for another tenant's schema is an
-/// attempt to cross, blocked by the wall.
-fn note_error(worker: &Worker, client: &Client, frame: &[u8]) -> bool {
+/// Whether the name is that of a tenant, and not of the client's own.
+fn is_other_tenant(worker: &Worker, client: &Client, name: &str) -> bool {
+    name != client.tenant.id.as_str()
+        && worker.directory.may_have(name.as_bytes())
+        && worker.directory.find(name).is_some()
+}
+
+/// Looks after what a client says, see [`guard`].
+struct Guard<'a> {
+    worker: &'a Worker,
+    client: &'a Client,
+    observed: &'a Cell<bool>,
+}
+
+impl Ward for Guard<'_> {
+    fn is_on(&self) -> bool {
+        self.client.rules.guard != GuardMode::Off
+    }
+
+    fn lex(&self) -> Lex {
+        let params = &self.client.params;
+        Lex::new(params.get("standard_conforming_strings"), params.get("client_encoding"))
+    }
+
+    fn may_be_tenant(&self, name: &[u8]) -> bool {
+        self.worker.directory.may_have(name) && name != self.client.tenant.id.as_str().as_bytes()
+    }
+
+    fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {
+        let (tenant, role) = (&self.client.tenant, self.client.tenant.role());
+        let is_tenant = |name: &str| name != role && is_other_tenant(self.worker, self.client, name);
+        let seat = Seat { role: &role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
+        let refusal = guard::judge(text, lex, &seat)?;
+        let refused = self.client.rules.guard == GuardMode::Enforce;
+        let action = if refused { Action::Refused } else { Action::Observed };
+        let attempt = attempt(self.client, Kind::Guard, action).what(refusal.what());
+        self.worker.metrics.report(attempt.statement(guard::fingerprint(text, lex)));
+        self.observed.set(!refused);
+        refused.then(|| refusal.error())
+    }
+
+    fn function_call_refused(&self) {
+        let attempt = attempt(self.client, Kind::FunctionCall, Action::Refused);
+        self.worker.metrics.report(attempt.what("FunctionCall message"));
+    }
+}
+
+/// Counts a server's error; `true` if it is the server's farewell. What is denied because it belongs to another tenant
+/// is an attempt to cross, blocked by the wall.
+fn note_error(worker: &Worker, client: &Client, observed: &Cell<bool>, frame: &[u8]) -> bool {
     let error = server_error(&frame[HEADER..]);
     worker.metrics.count_error(&error.code, "server");
     client.stats.errors.fetch_add(1, Ordering::Relaxed);
-    if error.code == sqlstate::INSUFFICIENT_PRIVILEGE {
-        let foreign = error.message.strip_prefix("permission denied for schema ");
-        let own = client.tenant.id.as_str();
-        if foreign.is_some_and(|schema| schema != own && worker.directory.find(schema).is_some()) {
-            worker.metrics.count_violation("permission_denied", "blocked", own);
-            tracing::warn!(tenant = own, message = error.message, "isolation violation blocked by the server");
-        }
+    let neighbours = Neighbours::of(client.tenant.plan);
+    if neighbours != Neighbours::None
+        && !observed.get()
+        && violation::is_denial(&error, neighbours == Neighbours::Rows, |name| is_other_tenant(worker, client, name))
+    {
+        // The message is the server's about names, without values.
+        worker.metrics.report(attempt(client, Kind::PermissionDenied, Action::Blocked).what(error.message));
     }
     error.severity == crate::error::Severity::Fatal
 }

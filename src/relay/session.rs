@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
+use super::lex::Lex;
 use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
@@ -53,6 +54,36 @@ pub struct Link<'a> {
     pub prepared: &'a mut Prepared,
     /// The tenant's statements.
     pub registry: &'a Registry,
+    /// Looks after what is said.
+    pub ward: &'a dyn Ward,
+}
+
+/// Who looks after what a client says, with the knowledge that a [`Session`] does not have.
+pub trait Ward {
+    /// Whether anybody looks at all.
+    fn is_on(&self) -> bool;
+    /// How the server reads a text of this client.
+    fn lex(&self) -> Lex;
+    /// Whether a name may be a tenant's; may say yes too often.
+    fn may_be_tenant(&self, name: &[u8]) -> bool;
+    /// Judges a suspicious text: what the client is told if it is refused.
+    fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
+    /// A FunctionCall was refused.
+    fn function_call_refused(&self);
+}
+
+/// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
+fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
+    let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
+    if !ward.is_on() {
+        return Ok(residue(scan::leaves_state(text)));
+    }
+    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
+    let seen = scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name));
+    match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
+        Some(error) => Err(error),
+        None => Ok(residue(seen.leaves_state)),
+    }
 }
 
 /// One message that the server has yet to answer, or an answer that we owe.
@@ -187,11 +218,10 @@ impl Session {
 
     /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
     #[inline]
-    fn note_residue(&mut self, text: &[u8], whole: bool) {
-        if !whole {
-            self.residue.unknown = true;
-        } else if scan::leaves_state(text) {
-            self.residue.merge(&track::look(text));
+    fn note_residue(&mut self, residue: &Residue, whole: bool) {
+        self.residue.unknown |= !whole;
+        if !residue.is_none() {
+            self.residue.merge(residue);
         }
     }
 
@@ -258,7 +288,7 @@ impl Session {
                 }
                 Ok(Verdict::Forward)
             }
-            b'F' => Ok(self.function_call(frame, out)),
+            b'F' => Ok(self.function_call(frame, link.ward, out)),
             tag => Err(PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid frontend message type {tag}"))),
         }
     }
@@ -292,11 +322,14 @@ impl Session {
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
         let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
-        if let Some(error) = self.cannot_pool(text) {
-            (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
-            return self.refuse_query(error, out);
-        }
-        self.note_residue(text, frame.len() == header.total);
+        let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
+            Ok(residue) => residue,
+            Err(error) => {
+                (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
+                return self.refuse_query(error, out);
+            }
+        };
+        self.note_residue(&residue, frame.len() == header.total);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -316,18 +349,21 @@ impl Session {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
         let text = body.split(|&b| b == 0).next().unwrap_or_default();
         let whole = frame.len() == header.total;
-        if let Some(error) = self.cannot_pool(text) {
-            link.prepared.unnamed = None;
-            return Ok(self.refuse_parse(error, out));
-        }
+        let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
+            Ok(residue) => residue,
+            Err(error) => {
+                link.prepared.unnamed = None;
+                return Ok(self.refuse_parse(error, out));
+            }
+        };
         let Statements::Shared(max) = self.statements else {
             self.residue.unknown |= !name.is_empty();
-            self.note_residue(text, whole);
+            self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
         if name.is_empty() {
-            self.note_residue(text, whole);
+            self.note_residue(&residue, whole);
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -338,8 +374,7 @@ impl Session {
             let error = format!("prepared statement \"{shown}\" already exists");
             return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
         }
-        let statement =
-            link.registry.intern(body, || if scan::leaves_state(text) { track::look(text) } else { Residue::none() });
+        let statement = link.registry.intern(body, || residue);
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -527,13 +562,14 @@ impl Session {
         Ok(verdict)
     }
 
-    fn function_call(&mut self, frame: &[u8], out: &mut BytesMut) -> Verdict {
+    fn function_call(&mut self, frame: &[u8], ward: &dyn Ward, out: &mut BytesMut) -> Verdict {
         let oid = frame.get(HEADER..HEADER + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
         self.open_group = false;
         if oid.is_some_and(|oid| LARGE_OBJECT_FUNCTIONS.contains(&oid)) {
             self.expects.push_back(Expect::Function);
             return Verdict::Forward;
         }
+        ward.function_call_refused();
         let error = PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "function calls by the fast path are refused")
             .detail("pgusher passes on FunctionCall messages for large objects only.")
             .hint("Call the function in a SELECT.");
@@ -764,6 +800,29 @@ fn malformed(kind: &str) -> PgError {
 mod tests {
     use super::*;
 
+    /// Takes SET ROLE for suspicious and refuses it.
+    struct Guard;
+
+    impl Ward for Guard {
+        fn is_on(&self) -> bool {
+            true
+        }
+
+        fn lex(&self) -> Lex {
+            Lex::default()
+        }
+
+        fn may_be_tenant(&self, _: &[u8]) -> bool {
+            false
+        }
+
+        fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {
+            text.starts_with(b"SET ROLE").then(|| PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "no"))
+        }
+
+        fn function_call_refused(&self) {}
+    }
+
     /// A session and the server connection that it uses, as far as there is one.
     struct Both {
         session: Session,
@@ -787,7 +846,7 @@ mod tests {
             let frame = message(tag, body);
             let header = frame::header(&frame).unwrap().unwrap();
             let (mut out, mut answers) = (BytesMut::new(), BytesMut::new());
-            let mut link = Link { prepared: &mut self.prepared, registry: &self.registry };
+            let mut link = Link { prepared: &mut self.prepared, registry: &self.registry, ward: &Guard };
             let verdict = self.session.on_client(header, &frame, &mut link, &mut out).unwrap();
             self.session.flush_ours(&mut answers);
             let sent = match verdict {
@@ -934,6 +993,15 @@ mod tests {
         both.client(b'S', b"");
         assert_eq!(both.servers(&[ERROR, READY]), "EZ");
         assert!(both.session.is_idle());
+        // So are those of the guard, which also sees what is prepared.
+        assert_eq!(both.client(b'Q', b"SET ROLE x\0").0, "Q");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        for name in [&b"\0SET ROLE x\0\0\0"[..], b"a\0SET ROLE x\0\0\0"] {
+            assert_eq!(both.client(b'P', name).0, "P");
+            both.client(b'S', b"");
+            assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        }
+        assert!(both.session.is_idle() && both.session.named.is_empty());
         // In session mode LISTEN is the server's business.
         let mut both = Both::new(PoolMode::Session);
         both.client(b'Q', b"LISTEN a\0");
@@ -946,7 +1014,7 @@ mod tests {
         let frame = message(b'B', &[&b"\0nobody\0"[..], &[b'X'; 100]].concat());
         let header = frame::header(&frame).unwrap().unwrap();
         let mut out = BytesMut::new();
-        let mut link = Link { prepared: &mut both.prepared, registry: &both.registry };
+        let mut link = Link { prepared: &mut both.prepared, registry: &both.registry, ward: &Guard };
         let verdict = both.session.on_client(header, &frame[..40], &mut link, &mut out).unwrap();
         assert_eq!(verdict, Verdict::Instead, "the unseen rest must not follow as messages of its own");
     }
