@@ -263,11 +263,12 @@ impl Client {
         Ok(())
     }
 
-    /// Says goodbye and waits until the other side has closed.
+    /// Says goodbye and waits until the other side has closed. What was heard before that.
     pub async fn leave(mut self, patience: Duration) -> Reply {
+        let reply = self.take();
         self.send(&[Message::Terminate]).await;
         self.poll(patience).await;
-        self.reply
+        reply
     }
 
     async fn write(&mut self, bytes: &[u8]) {
