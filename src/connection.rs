@@ -13,6 +13,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::BytesMut;
 
@@ -24,17 +25,21 @@ use crate::client::signals::Signals;
 use crate::config::AuthType;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
-use crate::pool::lease::Residue;
+use crate::metrics::TenantStats;
+use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
-use crate::pool::{CheckoutError, Settings};
+use crate::pool::{CheckoutError, DATABASE, Settings};
 use crate::relay::{self, Client, End};
-use crate::server::{Settled, Shared};
+use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
 use crate::wire::Version;
 use crate::wire::message;
+
+/// How long a client that is to go may take to read why.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Where a client comes from.
 #[derive(Debug, Clone, Copy)]
@@ -109,10 +114,22 @@ impl Known for Directory {
     fn exists(&self, tenant: &TenantId) -> bool {
         self.find(tenant.as_str()).is_some()
     }
+
+    fn chooses_database(&self, tenant: &TenantId) -> bool {
+        self.find(tenant.as_str()).is_some_and(|tenant| tenant.plan.clients_choose_place())
+    }
 }
 
-/// Takes a client from accept to its tenant's worker, which serves it to its end.
+/// Takes a client from accept to its tenant's worker, which serves it to its end. One that has not logged in holds up
+/// no shutdown.
 pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
+    let stopping = shared.stopping();
+    if stopping.run_until_cancelled(log_in(stream, peer, shared)).await.is_none() {
+        tracing::debug!(%peer, "closed while logging in: shutting down");
+    }
+}
+
+async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let settled = shared.settled();
     let counted = Counted::new(&shared);
     let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
@@ -123,8 +140,11 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,
-        Opened::Cancel(cancel) => {
-            return shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+        Opened::Cancel(mut stream, cancel) => {
+            shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
+            // Not before: clients wait for the end, and would meet a late cancel with their next query.
+            let _ = tokio::time::timeout(GOODBYE, stream.shutdown()).await;
+            return;
         }
         Opened::Nothing => return,
     };
@@ -174,7 +194,7 @@ async fn turn_away(shared: &Shared, opening: &mut Opening, mut unsent: BytesMut,
             let _ = opening.stream.shutdown().await;
         }
     };
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), goodbye).await;
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
 }
 
 /// Who is it? The answer to everything that is wrong before the proof is 28P01, at one cost.
@@ -216,7 +236,7 @@ async fn prove(
 
 fn verifier(directory: &Directory, login: &Login) -> Option<Verifier> {
     match login {
-        Login::Tenant(id) => directory.find(id.as_str())?.verifier.as_deref().cloned(),
+        Login::Tenant(id) => directory.find(id.as_str())?.verifier.clone(),
         Login::AppUser(name) => directory.user(name)?.verifier.clone(),
         Login::Nobody => None,
     }
@@ -252,12 +272,19 @@ async fn admit(
         return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, text).hint("Ask whoever runs this service."));
     }
     let parameters = ClientParameters::read(&opening.startup);
-    let settings = parameters.settings_for(&tenant.schema()).map_err(|refusal| {
+    let chooses = tenant.plan.clients_choose_place();
+    let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
         if refusal.violation {
             shared.metrics.count_violation("startup", "refused", id.as_str());
         }
         refusal.error
     })?;
+    // The tenant's and the user's names stand for the tenant's first database, all others for themselves.
+    let database = opening.startup.database().filter(|&name| name != id.as_str() && name != user);
+    if let Some(database) = database.filter(|_| chooses) {
+        let at = settings.partition_point(|(name, _)| name.as_str() < DATABASE);
+        settings.insert(at, (DATABASE.to_owned(), database.to_owned()));
+    }
     Ok((tenant, settings, parameters.application_name.unwrap_or_default().into()))
 }
 
@@ -273,6 +300,11 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
         Login::AppUser(name) => shared.directory.user(name).is_some_and(|user| user.auto_provision),
         Login::Tenant(_) | Login::Nobody => false,
     };
+    if !may && !shared.directory.is_current() {
+        return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("tenant \"{id}\" is not known"))
+            .detail("The catalog is not reachable, so that nobody can say whether the tenant exists.")
+            .hint("Try again in a moment."));
+    }
     if !may {
         return Err(PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("tenant \"{id}\" does not exist"))
             .hint("Create it first, or set auto_provision = true for the application user."));
@@ -280,34 +312,66 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
     shared.directory.ensure(id, user).await
 }
 
-/// Serves a client that has been handed over. Runs on the tenant's worker.
+/// Greets a client that has been handed over, and leaves it to a task that holds no more than the relay needs. Runs on
+/// the tenant's worker.
 pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
-    let (peer, id, user) = (admitted.peer, admitted.id, admitted.user.clone());
-    let tenant = admitted.tenant.id.clone();
-    let log = admitted.settled.log_connections;
-    let started = tokio::time::Instant::now();
-    let stats = shared.metrics.tenant(tenant.as_str());
-    stats.clients.fetch_add(1, Ordering::Relaxed);
-    let outcome = match greet(admitted, &shared, &worker).await {
+    let stats = shared.metrics.tenant(admitted.tenant.id.as_str());
+    let goodbye = Goodbye {
+        tenant: admitted.tenant.id.clone(),
+        user: admitted.user.as_str().into(),
+        peer: admitted.peer,
+        id: admitted.id,
+        started: tokio::time::Instant::now(),
+        log: admitted.settled.log_connections,
+        stats,
+    };
+    goodbye.stats.clients.fetch_add(1, Ordering::Relaxed);
+    match greet(admitted, &shared, &worker).await {
         Ok((client, registered, counted)) => {
-            let end = Box::pin(relay::run(client, worker)).await;
-            drop((registered, counted));
-            Some(end)
+            let relay = relay::run(client, worker);
+            tokio::spawn(async move {
+                let end = relay.await;
+                drop((registered, counted));
+                goodbye.say(&end);
+            });
         }
-        Err(reason) => reason.map(End::Told),
-    };
-    stats.clients.fetch_sub(1, Ordering::Relaxed);
-    if !log {
-        return;
+        Err(Some(reason)) => goodbye.say(&End::Told(reason)),
+        Err(None) => goodbye.say(&End::Lost),
     }
-    let seconds = started.elapsed().as_secs_f64();
-    let why = match &outcome {
-        None | Some(End::Lost) => "client lost".to_owned(),
-        Some(End::Left) => "client left".to_owned(),
-        Some(End::Server) => "server closed".to_owned(),
-        Some(End::Told(error)) => error.to_string(),
-    };
-    tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+}
+
+/// What is counted and logged when a client goes.
+struct Goodbye {
+    tenant: TenantId,
+    user: Box<str>,
+    peer: Peer,
+    id: u64,
+    started: tokio::time::Instant,
+    log: bool,
+    stats: Arc<TenantStats>,
+}
+
+impl Goodbye {
+    fn say(&self, end: &End) {
+        if !self.log {
+            return;
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        let why = match end {
+            End::Lost => "client lost".to_owned(),
+            End::Left => "client left".to_owned(),
+            End::Server => "server closed".to_owned(),
+            End::Told(error) => error.to_string(),
+        };
+        let Self { tenant, user, peer, id, .. } = self;
+        tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+    }
+}
+
+impl Drop for Goodbye {
+    fn drop(&mut self) {
+        self.stats.clients.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Tells the client that it is welcome, in the server's own words. `Err(None)`: it went away.
@@ -319,6 +383,10 @@ async fn greet(
     let mut stream = admitted.stream.attach().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
+    if shared.is_draining() {
+        // It may have come too late to be told.
+        signals.drain(server::shutting_down());
+    }
     let settings = shared.settings.intern(admitted.settings);
     let name = admitted.application_name;
     let mut out = admitted.unsent;
@@ -397,7 +465,7 @@ async fn welcome(
         };
         let params = lease.conn().params.clone();
         let now = tokio::time::Instant::now();
-        lease.release(Residue::None, settled.relay.server_reset_timeout, now);
+        lease.release(CheckIn::Clean, settled.relay.server_reset_timeout, now);
         return Ok(params);
     }
 }

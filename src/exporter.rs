@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::Control;
-use crate::metrics::{TIME_BUCKETS, TenantStats, Times};
+use crate::metrics::{PIN_REASONS, TIME_BUCKETS, TenantStats, Times};
 use crate::server::Shared;
 
 /// What the exporter reads.
@@ -268,11 +268,16 @@ impl Exporter {
         clients.add(&[("state", "active")], active as f64);
         clients.add(&[("state", "idle")], all.saturating_sub(active + waiting) as f64);
         clients.add(&[("state", "waiting")], waiting as f64);
+        let mut pinned = Family::gauge("pgusher_pinned_clients", "Clients that keep a server connection, by reason.");
+        for (at, reason) in PIN_REASONS.iter().enumerate() {
+            let clients = metrics.workers().iter().map(|w| w.clients_pinned[at].load(Ordering::Relaxed)).sum::<usize>();
+            pinned.add(&[("reason", reason)], clients as f64);
+        }
         let total = Family::counter("pgusher_clients_total", "Clients accepted.");
         let mut logins = Family::counter("pgusher_client_logins_total", "Ends of client logins.");
         logins.add(&[("result", "failed")], metrics.client_logins_failed.load(Ordering::Relaxed) as f64);
         logins.add(&[("result", "ok")], metrics.client_logins_ok.load(Ordering::Relaxed) as f64);
-        vec![clients.0, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
+        vec![clients.0, pinned.0, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
     }
 
     fn servers(&self) -> Vec<MetricFamily> {

@@ -66,7 +66,12 @@ pub struct WorkerStats {
     pub clients_active: AtomicUsize,
     /// Clients that wait for one now.
     pub clients_waiting: AtomicUsize,
+    /// Clients that keep one between transactions now, by [`PIN_REASONS`].
+    pub clients_pinned: [AtomicUsize; PIN_REASONS.len()],
 }
+
+/// Why a client keeps its server connection between transactions.
+pub const PIN_REASONS: [&str; 6] = ["temp", "cursor", "prepare", "listen", "lock", "unknown"];
 
 /// What is counted per shard.
 #[derive(Debug, Default)]

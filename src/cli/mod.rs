@@ -12,10 +12,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Purpose};
+use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
 use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
+use crate::tenant::Plan;
 use logging::Logging;
 use signals::{Event, Signals};
 
@@ -87,6 +89,9 @@ enum TenantCommand {
         /// The shard it is to live on; the ring decides if absent
         #[arg(long)]
         shard: Option<String>,
+        /// Its plan: rls, schema, database, cluster; the configuration decides if absent
+        #[arg(long, value_parser = plan)]
+        plan: Option<Plan>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -163,6 +168,12 @@ struct ShardAdd {
     /// Database that holds the tenants; created if missing
     #[arg(long, default_value = "tenants")]
     database: String,
+    /// Database that tenants of plan rls share; created if missing
+    #[arg(long, default_value = "shared")]
+    rls_database: String,
+    /// The one tenant that has the shard to itself (plan cluster); it takes no other
+    #[arg(long, value_name = "TENANT")]
+    dedicated: Option<String>,
     /// Weight on the ring
     #[arg(long, default_value_t = 100)]
     weight: u32,
@@ -175,6 +186,11 @@ struct ShardAdd {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn plan(text: &str) -> Result<Plan, String> {
+    let words = Plan::ALL.map(Plan::as_str);
+    Plan::parse(text).ok_or_else(|| format!("there are the plans {}", words.join(", ")))
 }
 
 /// What a person reads when a command fails.
@@ -311,8 +327,8 @@ fn control_config(file: &ConfigFile) -> Result<Config, Failure> {
 
 async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
     let text = match command {
-        TenantCommand::Create { config, id, shard, json } => {
-            control::tenant_create(&control_config(&config)?, &id, shard.as_deref(), json).await?
+        TenantCommand::Create { config, id, shard, plan, json } => {
+            control::tenant_create(&control_config(&config)?, &id, &Choice { shard, plan }, json).await?
         }
         TenantCommand::List { config, after, limit, deleted, json } => {
             control::tenant_list(&control_config(&config)?, after.as_deref(), limit, deleted, json).await?
@@ -350,6 +366,8 @@ async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {
                 weight: add.weight,
                 region: add.region,
                 max_db_connections: add.max_db_connections,
+                rls_database: add.rls_database,
+                dedicated_to: add.dedicated,
                 tenants: 0,
             };
             control::shard_add(&config, &shard, add.json).await?

@@ -24,8 +24,8 @@ pub const MAX_AUTH_BYTES: usize = 8192;
 pub enum Opened {
     /// A session.
     Session(Box<Opening>),
-    /// Another connection's query cancelled.
-    Cancel(CancelRequest),
+    /// Another connection's query cancelled; it takes the end of the stream for the sign that this was done.
+    Cancel(Stream, CancelRequest),
     /// Nothing: it went away, or was told why not.
     Nothing,
 }
@@ -99,7 +99,7 @@ pub async fn open(mut stream: Stream, tls: Option<Arc<Accepting>>) -> Opened {
                 let end_point = tls.filter(|_| stream.is_tls()).and_then(|tls| tls.end_point.clone());
                 return Opened::Session(Box::new(Opening { stream, input, startup, sni, end_point }));
             }
-            Step::Cancel(cancel) => return Opened::Cancel(cancel),
+            Step::Cancel(cancel) => return Opened::Cancel(stream, cancel),
             Step::Refuse(error) => Some(error),
         };
         if let Some(error) = refused {

@@ -11,6 +11,8 @@ pub mod cancel;
 pub mod connect;
 pub mod lease;
 pub mod params;
+pub mod passwords;
+pub mod residue;
 pub mod scram;
 pub mod shard;
 pub mod statements;
@@ -34,11 +36,15 @@ use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
 pub use lease::Lease;
 use params::Params;
+use residue::Carried;
 use shard::{Budget, Ticket};
 use statements::Registry;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
+
+/// The one that is no setting but the database that the client asked for; only where a plan lets it choose.
+pub const DATABASE: &str = "database";
 
 /// How many connections, and for how long. See `[pool]` in the configuration.
 #[derive(Debug, Clone)]
@@ -87,10 +93,25 @@ struct State {
     welcome: Vec<(Arc<Settings>, Arc<Params>)>,
     /// Equal parameters are kept once, so that comparing them is comparing pointers.
     params: Vec<Arc<Params>>,
+    /// The same for settings that are carried.
+    carried: Vec<Arc<Carried>>,
 }
 
-/// Kept parameters above which those that nobody holds are forgotten.
-const PARAMS_KEPT: usize = 32;
+fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<T> {
+    if let Some(same) = known.iter().find(|known| **known == value) {
+        return same.clone();
+    }
+    if known.len() >= KEPT {
+        known.retain(|known| Arc::strong_count(known) > 1);
+    }
+    if known.len() < KEPT * KEPT {
+        known.push(value.clone());
+    }
+    value
+}
+
+/// Kept values above which those that nobody holds are forgotten.
+const KEPT: usize = 32;
 
 struct Waiter {
     settings: Arc<Settings>,
@@ -99,6 +120,9 @@ struct Waiter {
     ticket: Ticket,
     reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
 }
+
+/// Before the next login to a server that takes no more connections.
+const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// Server connections to a shard.
 #[derive(Debug, Clone, Copy, Default)]
@@ -261,17 +285,12 @@ impl Pool {
 
     /// The one of its kind among the parameters of the tenant's clients and servers.
     pub fn intern(&self, params: Arc<Params>) -> Arc<Params> {
-        let mut state = self.state.lock();
-        if let Some(same) = state.params.iter().find(|known| **known == params) {
-            return same.clone();
-        }
-        if state.params.len() >= PARAMS_KEPT {
-            state.params.retain(|known| Arc::strong_count(known) > 1);
-        }
-        if state.params.len() < PARAMS_KEPT * PARAMS_KEPT {
-            state.params.push(params.clone());
-        }
-        params
+        one_of_its_kind(&mut self.state.lock().params, params)
+    }
+
+    /// The one of its kind among the settings that the tenant's clients take along.
+    pub fn intern_carried(&self, carried: Arc<Carried>) -> Arc<Carried> {
+        one_of_its_kind(&mut self.state.lock().carried, carried)
     }
 
     /// A connection that is idle now; `None` if there is none or others wait.
@@ -447,13 +466,19 @@ impl Pool {
         }
     }
 
-    /// Tells the first in line, unless others of this tenant have connections that will come back: then it waits on.
+    /// Tells the first in line. If the server is full (another proxy may use it, too), those who wait go on waiting, as
+    /// they do when our own budget is spent.
     fn login_failed(self: &Arc<Self>, error: PgError) {
-        let waiter = {
-            let mut state = self.state.lock();
-            let busy = state.open > state.connecting + state.idle.len();
-            if busy && error.code == sqlstate::TOO_MANY_CONNECTIONS { None } else { state.waiters.pop_front() }
-        };
+        if error.code == sqlstate::TOO_MANY_CONNECTIONS {
+            self.budget.evict_for(self);
+            let pool = self.clone();
+            self.worker.spawn(async move {
+                tokio::time::sleep(SERVER_FULL_PAUSE).await;
+                pool.serve();
+            });
+            return;
+        }
+        let waiter = self.state.lock().waiters.pop_front();
         if let Some(waiter) = waiter {
             let _ = waiter.reply.send(Err(CheckoutError::Failed(error)));
             self.serve();

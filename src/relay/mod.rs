@@ -6,6 +6,8 @@
 pub mod flow;
 pub mod scan;
 pub mod session;
+pub mod settle;
+pub mod track;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -24,8 +26,9 @@ use crate::error::{PgError, sqlstate};
 use crate::metrics::{Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::server_error;
-use crate::pool::lease::Residue;
+use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
+use crate::pool::residue::Carried;
 use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
@@ -67,6 +70,13 @@ pub struct Rules {
     pub idle_transaction_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
+}
+
+impl Rules {
+    /// How long the server may take to set or tell a session's settings.
+    fn settle_timeout(&self) -> Duration {
+        self.server_reset_timeout.max(Duration::from_secs(1))
+    }
 }
 
 /// An authenticated client, greeted and ready for its first query.
@@ -111,13 +121,19 @@ pub enum End {
 }
 
 /// Serves the client until it leaves. Dropping the future closes both connections.
-pub async fn run(client: Client, worker: Arc<Worker>) -> End {
+pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+    // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, worker);
-    let end = relay.serve().await;
-    if let End::Told(error) = &end {
-        relay.say_goodbye(error).await;
+    async move {
+        let end = relay.serve().await;
+        match &end {
+            End::Told(error) => Box::pin(relay.say_goodbye(error)).await,
+            // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
+            End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
+            End::Left | End::Lost => {}
+        }
+        end
     }
-    end
 }
 
 struct Relay {
@@ -135,6 +151,10 @@ struct Relay {
     query_since: Option<Instant>,
     transaction_since: Option<Instant>,
     ready_at: Instant,
+    /// Settings that the client takes along, other than those that the server reports.
+    carried: Arc<Carried>,
+    /// Why the client keeps its server connection between transactions.
+    pinned: Option<settle::Reason>,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server takes no more.
@@ -162,6 +182,7 @@ impl Relay {
     fn new(mut client: Client, worker: Arc<Worker>) -> Self {
         let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
+        let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(&std::mem::take(&mut client.early));
         Self {
             client,
@@ -175,6 +196,8 @@ impl Relay {
             query_since: None,
             transaction_since: None,
             ready_at: Instant::now(),
+            carried,
+            pinned: None,
             leaving: false,
             server_deaf: false,
             farewell: false,
@@ -187,10 +210,16 @@ impl Relay {
                 Next::Request => {}
                 Next::Leave(end) => return end,
             }
-            let lease = match self.checkout().await {
-                Ok(Some(lease)) => lease,
-                Ok(None) => continue,
-                Err(error) => return error,
+            if let Err(error) = self.route() {
+                return End::Told(error);
+            }
+            let lease = match self.pool.try_checkout(&self.client.settings) {
+                Some(lease) => lease,
+                None => match Box::pin(self.checkout()).await {
+                    Ok(Some(lease)) => lease,
+                    Ok(None) => continue,
+                    Err(end) => return end,
+                },
             };
             if let Some(end) = self.lend(lease).await {
                 return end;
@@ -320,7 +349,8 @@ impl Relay {
         Ok(())
     }
 
-    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it.
+    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it. The error
+    /// goes out at once: a driver that sends Flush waits for it before it sends Sync.
     async fn refuse_request(&mut self, mut error: PgError) -> Result<(), End> {
         self.worker.metrics.count_error(&error.code, "proxy");
         error.severity = crate::error::Severity::Error;
@@ -366,13 +396,22 @@ impl Relay {
 
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
     async fn lend(&mut self, mut lease: Lease) -> Option<End> {
-        if let Err(end) = self.carry_settings(&mut lease).await {
+        let conn = lease.conn();
+        let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
+        if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
             return Some(end);
         }
         self.client.key.entry.bind(lease.conn().cancel_target());
         self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
         (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
-        let outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
+        let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
+        while matches!(outcome, Outcome::Done) && self.must_settle() {
+            outcome = match Box::pin(self.settle(&mut lease)).await {
+                Err(error) => Outcome::Told(error),
+                Ok(()) if self.pinned.is_none() => break,
+                Ok(()) => poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await,
+            };
+        }
         self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
         self.client.key.entry.unbind();
         match outcome {
@@ -405,40 +444,75 @@ impl Relay {
     }
 
     fn give_back(&mut self, mut lease: Lease) {
-        let residue = if self.session.take_residue() { Residue::Session } else { Residue::None };
+        let clean = self.session.take_residue().is_none() && self.pinned.is_none();
+        self.pin(None);
         self.client.params = lease.conn().params.clone();
-        lease.release(residue, self.client.rules.server_reset_timeout, self.ready_at);
+        let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
+        lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
 
     /// Makes the server's settings the client's, where they differ. Happens outside any transaction, before the
     /// client's first byte is sent.
     async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
         let conn = lease.conn();
-        if Arc::ptr_eq(&conn.params, &self.client.params) {
-            return Ok(());
-        }
-        if let Some(script) = conn.params.script_to(&self.client.params) {
+        if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
-            let limit = self.client.rules.server_reset_timeout.max(Duration::from_secs(1));
-            match tokio::time::timeout(limit, work).await {
+            let failed = |detail: String| {
+                let text = "could not restore the session's settings";
+                End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
+            };
+            match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    let error =
-                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                            .detail(format!("{error}."));
-                    return Err(End::Told(error));
-                }
-                Err(_) => {
-                    let error =
-                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                            .detail("The server did not answer in time.");
-                    return Err(End::Told(error));
-                }
+                Ok(Err(error)) => return Err(failed(format!("{error}."))),
+                Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
             }
         }
-        self.client.params = lease.conn().params.clone();
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
         Ok(())
+    }
+
+    /// Whether something may be left on the server connection that has to be found out before it can go back, or stay.
+    fn must_settle(&self) -> bool {
+        self.client.rules.pool_mode == PoolMode::Auto && self.session.has_residue() && !self.leaving
+    }
+
+    /// Finds out what the transaction has left behind, while the client already has its answer.
+    async fn settle(&mut self, lease: &mut Lease) -> Result<(), PgError> {
+        poll_fn(|cx| {
+            // As much of it as it takes: whether it has gone is found out later.
+            let _ = self.poll_send_down(cx);
+            Poll::Ready(())
+        })
+        .await;
+        let residue = self.session.take_residue();
+        let conn = lease.conn();
+        let failed = |detail: String| {
+            let text = "lost track of the session's state";
+            PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail).hint("Connect again.")
+        };
+        let work = settle::settle(conn, &residue, &self.carried);
+        let settled = tokio::time::timeout(self.client.rules.settle_timeout(), work).await;
+        let settled = settled
+            .map_err(|_| failed("The server did not say in time what the session holds.".to_owned()))?
+            .map_err(|error| failed(format!("{error}.")))?;
+        self.carried = self.pool.intern_carried(settled.carried);
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
+        self.pin(settled.pinned);
+        Ok(())
+    }
+
+    fn pin(&mut self, reason: Option<settle::Reason>) {
+        let pinned = &self.worker.stats.clients_pinned;
+        if let Some(old) = self.pinned {
+            pinned[old].fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(new) = reason {
+            pinned[new].fetch_add(1, Ordering::Relaxed);
+        }
+        self.pinned = reason;
     }
 
     fn poll_exchange(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Outcome> {
@@ -475,7 +549,11 @@ impl Relay {
     /// Whether the server connection has done its work for this client.
     #[inline]
     fn is_over(&self) -> bool {
-        let wanted = self.client.rules.pool_mode == PoolMode::Transaction || self.leaving;
+        let wanted = match self.client.rules.pool_mode {
+            PoolMode::Transaction => true,
+            PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
+            PoolMode::Session => self.leaving,
+        };
         wanted && self.session.is_idle() && !self.up.has_output() && !self.up.mid_frame() && !self.down.in_frame()
     }
 
@@ -743,6 +821,12 @@ impl Relay {
 
 /// How long a client may take to read why its connection ends.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.pin(None);
+    }
+}
 
 /// Whom an exchange waits for, as far as timeouts are concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,6 +27,11 @@ pub fn begins_with(sql: &[u8], word: &[u8]) -> bool {
     ends && rest.get(..word.len()).is_some_and(|found| found.eq_ignore_ascii_case(word))
 }
 
+/// Whether a word before a parenthesis is no call, or the call of a function that leaves nothing behind (lower case).
+pub(super) fn is_harmless_call(word: &[u8]) -> bool {
+    KEYWORDS.binary_search(&word).is_ok() || HARMLESS.binary_search(&word).is_ok()
+}
+
 struct Scanner<'a> {
     sql: &'a [u8],
     at: usize,

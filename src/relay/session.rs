@@ -14,9 +14,11 @@ use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
-use super::scan;
+use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
+use crate::pool::connect::server_error;
+use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
@@ -61,8 +63,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
-    Bind,
-    Describe,
+    /// With the number of the shared statement, or [`NO_STATEMENT`].
+    Bind(u64),
+    Describe(u64),
     Execute,
     Close,
     /// A Parse of ours: its answer is for nobody.
@@ -82,6 +85,9 @@ enum Expect {
 
 /// A closed statement's name and what it meant.
 type Closed = (Box<[u8]>, Arc<Statement>);
+
+/// Not a statement's number.
+const NO_STATEMENT: u64 = u64::MAX;
 
 #[derive(Debug)]
 struct ParseUndo {
@@ -103,7 +109,7 @@ pub struct Session {
     /// Messages of the extended protocol since the last Sync.
     open_group: bool,
     copy_in: bool,
-    residue: bool,
+    residue: Residue,
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Vec<u8>>,
@@ -125,7 +131,7 @@ impl Session {
     /// server connection, 0 passes names through.
     pub fn new(client: u64, pool_mode: PoolMode, max_prepared: usize) -> Self {
         let statements = match pool_mode {
-            PoolMode::Transaction if max_prepared > 0 => Statements::Shared(max_prepared),
+            PoolMode::Transaction | PoolMode::Auto if max_prepared > 0 => Statements::Shared(max_prepared),
             _ => Statements::PassThrough,
         };
         Self {
@@ -137,7 +143,7 @@ impl Session {
             failed: false,
             open_group: false,
             copy_in: false,
-            residue: false,
+            residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
             unnamed: None,
@@ -168,9 +174,25 @@ impl Session {
         std::mem::take(&mut self.queries)
     }
 
-    /// Whether something may be left behind in the session; asked once, when the server connection goes back.
-    pub fn take_residue(&mut self) -> bool {
+    /// What may be left behind in the session; asked once, when the server connection goes back.
+    pub fn take_residue(&mut self) -> Residue {
         std::mem::take(&mut self.residue)
+    }
+
+    /// Whether anything may be left behind.
+    #[inline]
+    pub fn has_residue(&self) -> bool {
+        !self.residue.is_none()
+    }
+
+    /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
+    #[inline]
+    fn note_residue(&mut self, text: &[u8], whole: bool) {
+        if !whole {
+            self.residue.unknown = true;
+        } else if scan::leaves_state(text) {
+            self.residue.merge(&track::look(text));
+        }
     }
 
     /// How much of a frame has to be at hand for [`Session::on_client`]: `have` is what has arrived, `limit` how much
@@ -241,6 +263,17 @@ impl Session {
         }
     }
 
+    /// Takes what is answered now. The end of a COPY that has come to the front by that was for a COPY that never
+    /// began, or has failed: the server ignores it.
+    #[inline]
+    fn take(&mut self) -> Option<Expect> {
+        let taken = self.expects.pop_front();
+        while matches!(self.expects.front(), Some(Expect::CopyEnd)) {
+            self.expects.pop_front();
+        }
+        taken
+    }
+
     /// What cannot work when the server connection goes back after the transaction.
     fn cannot_pool(&self, text: &[u8]) -> Option<PgError> {
         if self.pool_mode != PoolMode::Transaction || !scan::begins_with(text, b"listen") {
@@ -263,8 +296,7 @@ impl Session {
             (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
             return self.refuse_query(error, out);
         }
-        // A text that was not seen whole cannot be vouched for.
-        self.residue |= frame.len() < header.total || scan::leaves_state(text);
+        self.note_residue(text, frame.len() == header.total);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -289,12 +321,13 @@ impl Session {
             return Ok(self.refuse_parse(error, out));
         }
         let Statements::Shared(max) = self.statements else {
-            self.residue |= !name.is_empty() || !whole || scan::leaves_state(text);
+            self.residue.unknown |= !name.is_empty();
+            self.note_residue(text, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
         if name.is_empty() {
-            self.residue |= !whole || scan::leaves_state(text);
+            self.note_residue(text, whole);
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -305,7 +338,8 @@ impl Session {
             let error = format!("prepared statement \"{shown}\" already exists");
             return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
         }
-        let statement = link.registry.intern(body, || scan::leaves_state(text));
+        let statement =
+            link.registry.intern(body, || if scan::leaves_state(text) { track::look(text) } else { Residue::none() });
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -373,7 +407,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let Statements::Shared(max) = self.statements else {
-            self.push_extended(Expect::Bind);
+            self.push_extended(Expect::Bind(NO_STATEMENT));
             return Ok(Verdict::Forward);
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
@@ -381,10 +415,14 @@ impl Session {
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(name, out));
         };
+        let mut shared = NO_STATEMENT;
         let verdict = match statement {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Shared(statement) => {
-                self.residue |= statement.leaves_state;
+                shared = statement.id;
+                if !statement.residue.is_none() {
+                    self.residue.merge(&statement.residue);
+                }
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -401,7 +439,7 @@ impl Session {
                 Verdict::Replace
             }
         };
-        self.push_extended(Expect::Bind);
+        self.push_extended(Expect::Bind(shared));
         Ok(verdict)
     }
 
@@ -450,7 +488,7 @@ impl Session {
         let kind = if header.tag == b'D' { "Describe" } else { "Close" };
         let (&what, rest) = frame[HEADER..].split_first().ok_or_else(|| malformed(kind))?;
         let (name, _) = cstr(rest).ok_or_else(|| malformed(kind))?;
-        let expect = if header.tag == b'D' { Expect::Describe } else { Expect::Close };
+        let expect = if header.tag == b'D' { Expect::Describe(NO_STATEMENT) } else { Expect::Close };
         let Statements::Shared(max) = self.statements else {
             self.push_extended(expect);
             return Ok(Verdict::Forward);
@@ -472,6 +510,7 @@ impl Session {
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(name, out)) };
+        let mut shared = NO_STATEMENT;
         let verdict = match resolved {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Injected => {
@@ -479,11 +518,12 @@ impl Session {
                 Verdict::Replace
             }
             Resolved::Shared(statement) => {
+                shared = statement.id;
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
             }
         };
-        self.push_extended(expect);
+        self.push_extended(Expect::Describe(shared));
         Ok(verdict)
     }
 
@@ -525,7 +565,7 @@ impl Session {
                 _ => return,
             };
             answers.extend_from_slice(&[tag, 0, 0, 0, 4]);
-            self.expects.pop_front();
+            self.take();
         }
     }
 
@@ -559,8 +599,8 @@ impl Session {
     ) -> Result<Verdict, Desync> {
         match header.tag {
             b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
-                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe)) {
-                    self.expects.pop_front();
+                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
@@ -571,11 +611,11 @@ impl Session {
             }
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute)) {
-                    self.expects.pop_front();
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
-            b'1' => match self.expects.pop_front() {
+            b'1' => match self.take() {
                 Some(Expect::Parse(parsed)) => {
                     if let Some(parsed) = parsed {
                         parsed.statement.accepted.store(true, Ordering::Relaxed);
@@ -585,13 +625,13 @@ impl Session {
                 Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
-            b'2' => self.pop(|e| matches!(e, Expect::Bind), b'2'),
-            b'3' => match self.expects.pop_front() {
+            b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
+            b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
-            b'E' => Ok(self.error(prepared, out)),
+            b'E' => Ok(self.error(frame, prepared, out)),
             b'G' => {
                 self.begin_copy_in();
                 Ok(Verdict::Forward)
@@ -601,7 +641,7 @@ impl Session {
     }
 
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
-        match self.expects.pop_front() {
+        match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
             _ => Err(Desync(tag)),
         }
@@ -621,13 +661,21 @@ impl Session {
             prepared.clear();
         }
         if matches!(self.expects.front(), Some(Expect::Execute)) {
-            self.expects.pop_front();
+            self.take();
         }
     }
 
     /// An error: the server skips to the next Sync, unless it is in a simple Query, which ends by itself.
-    fn error(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+    fn error(&mut self, frame: &[u8], prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
         self.copy_in = false;
+        if let Some(&Expect::Bind(id) | &Expect::Describe(id)) = self.expects.front()
+            && id != NO_STATEMENT
+            && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
+        {
+            // "cached plan must not change result type": a table has changed under it. On a server the client would
+            // prepare again under another name; that must not bring it back to this one.
+            prepared.outdate(id);
+        }
         let verdict = match self.expects.front() {
             Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
                 message::error_response(out, error);
@@ -648,7 +696,7 @@ impl Session {
                 None => break,
                 Some(_) => {}
             }
-            if let Some(skipped) = self.expects.pop_front() {
+            if let Some(skipped) = self.take() {
                 self.undo(skipped, prepared);
             }
         }
@@ -675,7 +723,7 @@ impl Session {
                 self.named.insert(closed.0, closed.1);
             }
             // The server still has it under a name that we consider free: a reset makes it so.
-            Expect::InjectedClose => self.residue = true,
+            Expect::InjectedClose => self.residue.unknown = true,
             _ => {}
         }
     }

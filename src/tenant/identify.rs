@@ -137,6 +137,10 @@ pub trait Known {
     fn may_use(&self, app_user: &str, tenant: &TenantId) -> bool;
     /// Whether there is such a tenant.
     fn exists(&self, tenant: &TenantId) -> bool;
+    /// Whether this tenant's clients may name any database, since nobody else's are where it is.
+    fn chooses_database(&self, _tenant: &TenantId) -> bool {
+        false
+    }
 }
 
 /// Whose proof to ask for.
@@ -368,6 +372,9 @@ fn nothing_named(rules: &Rules, hello: &Hello<'_>, known: &impl Known) -> Uniden
 
 fn check_database(rules: &Rules, hello: &Hello<'_>, known: &impl Known, tenant: &TenantId) -> Result<(), Unidentified> {
     let Some(name) = hello.database else { return Ok(()) };
+    if known.chooses_database(tenant) {
+        return Ok(());
+    }
     let good = name == tenant.as_str() || is_unasked(rules, hello, name);
     // An application user's own name: a DSN made by inserting the tenant into the user name of one without.
     let inserted = hello.user.strip_prefix(name).is_some_and(|rest| rest.starts_with(['.', '@']));

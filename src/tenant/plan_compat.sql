@@ -1,4 +1,5 @@
--- Once per database that holds tenants of plan `schema`, as superuser. May be run again at any time.
+-- Hardening of a database that tenants' roles log in to, both grades, as superuser. May be run again at any time;
+-- `plan_strict.sql` goes further, `plan_unstrict.sql` takes back what that one took.
 
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 
@@ -69,3 +70,9 @@ BEGIN
       found.proname, found.arguments, found.returns, found.proname, key);
   END LOOP;
 END $$;
+
+-- How many session-level locks of its own a session holds, for the proxy, which asks as the tenant before it lends the
+-- connection to another client of that tenant. Transaction-level locks are gone by then.
+CREATE OR REPLACE FUNCTION tenant_shim.pgusher_held_locks() RETURNS bigint LANGUAGE sql VOLATILE SECURITY DEFINER
+  SET search_path = pg_catalog AS $f$
+  SELECT count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid() $f$;
