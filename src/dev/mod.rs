@@ -73,9 +73,15 @@ pub enum DevError {
     #[error("--tenants {text:?}: {source}")]
     BadTenant { text: String, source: InvalidTenantId },
     #[error("{0}")]
-    Serve(#[from] ServeError),
+    Serve(Box<ServeError>),
     #[error("making tenant {tenant} failed: {error}")]
-    Provision { tenant: TenantId, error: PgError },
+    Provision { tenant: TenantId, error: Box<PgError> },
+}
+
+impl From<ServeError> for DevError {
+    fn from(error: ServeError) -> Self {
+        Self::Serve(Box::new(error))
+    }
 }
 
 impl DevError {
@@ -306,7 +312,7 @@ async fn provision(server: &Server, tenants: &[TenantId]) -> Result<Vec<Seat>, D
         let record = control
             .create(id, "pgusher dev", Choice::default())
             .await
-            .map_err(|error| DevError::Provision { tenant: id.clone(), error })?;
+            .map_err(|error| DevError::Provision { tenant: id.clone(), error: Box::new(error) })?;
         seats.push(Seat { id: id.clone(), shard: record.shard, schema: record.schema });
     }
     Ok(seats)
