@@ -177,7 +177,7 @@ async fn proxy() -> (Arc<Cluster>, Setup, Process) {
     let cluster = tokio::task::spawn_blocking(|| Arc::new(Cluster::start())).await.unwrap();
     let toml = "[proxy]\nclient_login_timeout = \"5s\"\n[auth]\nauth_type = \"trust\"\n\
                 [pool]\npool_mode = \"transaction\"\ndefault_pool_size = 24\n[log]\nlog_connections = false\n";
-    let setup = Setup::new(&[cluster.clone()], toml);
+    let setup = Setup::new(std::slice::from_ref(&cluster), toml);
     let process = setup.start().await;
     world::raw(setup.port, "client_001", &[]).await.ok().unwrap().terminate().await;
     (cluster, setup, process)

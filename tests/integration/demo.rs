@@ -60,7 +60,10 @@ async fn pgbench(port: u16, tenant: &'static str, arguments: Vec<String>) -> Str
 /// Builtin scripts in all query modes, as two tenants at the same time, in a pool mode.
 async fn bench(mode: &str, seconds: u32, clients: u32) {
     let cluster = tokio::task::spawn_blocking(|| std::sync::Arc::new(Cluster::start())).await.unwrap();
-    let setup = Setup::new(&[cluster.clone()], &format!("[pool]\npool_mode = \"{mode}\"\ndefault_pool_size = 40\n"));
+    let setup = Setup::new(
+        std::slice::from_ref(&cluster),
+        &format!("[pool]\npool_mode = \"{mode}\"\ndefault_pool_size = 40\n"),
+    );
     let process = setup.start().await;
     let tenants = ["client_001", "client_002"];
     let run = async |arguments: &[&str]| {
@@ -115,7 +118,7 @@ async fn pgbench_for_thirty_seconds_each() {
 async fn large(table_mb: usize, value_mb: usize) {
     for mode in ["session", "transaction"] {
         let cluster = tokio::task::spawn_blocking(|| std::sync::Arc::new(Cluster::start())).await.unwrap();
-        let setup = Setup::new(&[cluster.clone()], &format!("[pool]\npool_mode = \"{mode}\"\n"));
+        let setup = Setup::new(std::slice::from_ref(&cluster), &format!("[pool]\npool_mode = \"{mode}\"\n"));
         let process = setup.start().await;
         let client = world::client(setup.port, "client_001").await.unwrap();
         client.batch_execute("CREATE UNLOGGED TABLE big (line text)").await.unwrap();
