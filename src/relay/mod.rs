@@ -552,7 +552,7 @@ impl Relay {
             if self.is_over() {
                 return Poll::Ready(Outcome::Done);
             }
-            if self.leaving && self.session.is_idle_in_transaction() {
+            if self.leaving && self.session.waits_for_client() {
                 return Poll::Ready(Outcome::ClientGone);
             }
             if down.is_pending() && up.is_pending() {

@@ -193,6 +193,14 @@ impl Session {
         self.status != b'I' && self.expects.is_empty()
     }
 
+    /// Whether the server waits for the client, and does nothing more without: in a transaction, in a COPY, or in a
+    /// group of messages without its Sync.
+    pub fn waits_for_client(&self) -> bool {
+        let owed = |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
+        let mid_work = self.status != b'I' || self.open_group || self.failed;
+        self.copy_in || (mid_work && !self.expects.iter().any(owed))
+    }
+
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
     /// session loses nothing.
     pub fn status(&self) -> u8 {

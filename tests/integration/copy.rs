@@ -11,7 +11,7 @@ use crate::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn copy_in_and_out_by_a_driver() {
-    for mode in [PoolMode::Session, PoolMode::Transaction] {
+    for mode in [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction] {
         let world = World::start(|config| config.pool.pool_mode = mode).await;
         let client = world.client("client_001").await;
         let sink = client.copy_in("COPY things FROM stdin").await.unwrap();
@@ -44,7 +44,7 @@ async fn copy_in_and_out_by_a_driver() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn copy_that_fails_leaves_the_conversation_in_step() {
-    for mode in [PoolMode::Session, PoolMode::Transaction] {
+    for mode in [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction] {
         let world = World::start(|config| {
             config.pool.pool_mode = mode;
             config.pool.default_pool_size = 1;
@@ -138,7 +138,7 @@ async fn copy_that_fails_leaves_the_conversation_in_step() {
 /// The end of the data may reach the server before, between and after its error and its ReadyForQuery.
 #[tokio::test(flavor = "multi_thread")]
 async fn copy_whose_end_races_with_its_error() {
-    for mode in [PoolMode::Session, PoolMode::Transaction] {
+    for mode in [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction] {
         let world = World::start(|config| {
             config.pool.pool_mode = mode;
             config.pool.default_pool_size = 1;
@@ -182,7 +182,7 @@ async fn large_rows_go_through_both_ways() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn function_calls_are_for_large_objects_only() {
-    for mode in [PoolMode::Session, PoolMode::Transaction] {
+    for mode in [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction] {
         let world = World::start(|config| config.pool.pool_mode = mode).await;
         let mut raw = world.raw("client_001").await;
         let call = |oid: u32, arguments: &[&[u8]]| {

@@ -11,8 +11,10 @@ mod postgres;
 mod raw;
 mod world;
 
+mod bad_input;
 mod cancel;
 mod copy;
+mod demo;
 mod drain;
 mod failures;
 mod pooling;

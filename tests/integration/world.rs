@@ -29,7 +29,8 @@ pub(crate) struct World {
     pub(crate) config: Config,
     pub(crate) port: u16,
     pub(crate) metrics_port: u16,
-    pub(crate) dir: tempfile::TempDir,
+    /// Holds the template.
+    _dir: tempfile::TempDir,
 }
 
 /// A directory with a template.
@@ -89,7 +90,7 @@ impl World {
         let addresses = server.addresses();
         let port = addresses.proxy[0].port();
         let metrics_port = addresses.metrics.unwrap().port();
-        Self { clusters, server, config, port, metrics_port, dir }
+        Self { clusters, server, config, port, metrics_port, _dir: dir }
     }
 
     /// The first cluster.
@@ -203,8 +204,6 @@ pub(crate) async fn metric(port: u16, name: &str) -> f64 {
 /// `pgusher serve` in a process of its own.
 pub(crate) struct Process {
     child: Child,
-    pub(crate) port: u16,
-    pub(crate) metrics_port: u16,
     log: PathBuf,
 }
 
@@ -256,7 +255,7 @@ impl Setup {
             .stderr(output)
             .spawn()
             .unwrap();
-        let mut process = Process { child, port: self.port, metrics_port: self.metrics_port, log };
+        let mut process = Process { child, log };
         let began = Instant::now();
         while tokio::net::TcpStream::connect(("127.0.0.1", self.metrics_port)).await.is_err() {
             assert!(process.child.try_wait().unwrap().is_none(), "it did not start: {}", process.log());
@@ -276,12 +275,6 @@ impl Process {
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();
-    }
-
-    /// Kills it at once.
-    pub(crate) fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
     }
 
     /// Whether it still runs.
