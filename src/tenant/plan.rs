@@ -137,7 +137,7 @@ pub const GROUP: &str = "app_tenants";
 /// The role that owns tenants' schemas.
 pub const OWNER: &str = "provisioner";
 /// Raised when [`Plan::shard_setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 1;
+pub const SETUP_VERSION: u32 = 2;
 
 /// What a shard needs before the first tenant. Each part is run as one message, as superuser.
 #[derive(Debug, Clone, PartialEq, Eq)]
