@@ -13,6 +13,7 @@ GRANT USAGE ON SCHEMA extensions TO PUBLIC;
 -- Large-object functions stay: drivers use them, objects belong to the role that made them, and lo_import and
 -- lo_export (files of the server) are for superusers anyway.
 -- pg_get_ruledef stays: psql's \d+ of a view calls it, and pg_get_viewdef shows as much.
+-- pg_shdescription stays: psql's \l+ and \du+ read it, and tenants cannot write comments on what is shared.
 DO $$
 DECLARE
   found record;
@@ -40,8 +41,9 @@ BEGIN
   END LOOP;
 END $$;
 
-REVOKE ALL ON pg_catalog.pg_db_role_setting, pg_catalog.pg_shdescription, pg_catalog.pg_largeobject_metadata
-  FROM PUBLIC;
+REVOKE ALL ON pg_catalog.pg_db_role_setting, pg_catalog.pg_largeobject_metadata FROM PUBLIC;
+-- An earlier version revoked it.
+GRANT SELECT ON pg_catalog.pg_shdescription TO PUBLIC;
 REVOKE UPDATE ON pg_catalog.pg_settings FROM PUBLIC;
 
 -- A key space of advisory locks per tenant, so that migration tools of two tenants do not wait for each other. The
