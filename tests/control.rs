@@ -201,14 +201,29 @@ async fn psql_pgbench_and_pg_dump_work_as_the_tenant() {
     };
     let dt = run("psql", &["-d", "tenants", "-Atc", "\\dt"]);
     assert_eq!(dt, "client_001|t|table|client_001\n");
+    let server: String = cluster
+        .admin("postgres")
+        .await
+        .query_one("SELECT current_setting('server_version_num')", &[])
+        .await
+        .unwrap()
+        .get(0);
+    // psql and pg_dump that are older than the server do not know all of it.
+    let version = run("psql", &["--version"]);
+    let old =
+        version.split(' ').nth(2).and_then(|v| v.split('.').next()?.parse::<u32>().ok()) < server[..2].parse().ok();
     for command in ["\\d t", "\\d+ t", "\\d v", "\\d+ v", "\\d+", "\\df", "\\dn", "\\ds", "\\dv", "\\l", "\\du", "\\di"]
+        .into_iter()
+        .filter(|command| !old || *command != "\\l")
     {
         run("psql", &["-d", "tenants", "-c", command]);
     }
     run("pgbench", &["-i", "-q", "tenants"]);
     run("pgbench", &["-n", "-t", "5", "-M", "prepared", "tenants"]);
-    let dump = run("pg_dump", &["--schema-only", "-n", "client_001", "tenants"]);
-    assert!(dump.contains("CREATE TABLE client_001.pgbench_accounts"));
+    if !old {
+        let dump = run("pg_dump", &["--schema-only", "-n", "client_001", "tenants"]);
+        assert!(dump.contains("CREATE TABLE client_001.pgbench_accounts"));
+    }
     proxy.stop().await;
 }
 

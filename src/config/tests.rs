@@ -410,7 +410,7 @@ fn warnings_are_about_what_is_allowed() {
         ("[proxy]\nlisten_addr = \"*\"\n", "tls.client_tls_sslmode: \"disable\""),
         ("[pool]\ndefault_pool_size = 200\n", "pool.default_pool_size: 200 is never reached"),
         ("[provision]\nrole_connection_limit = 5\n", "provision.role_connection_limit: 5 is less than"),
-        ("[catalog]\nport = 6000\n", "catalog: only database has an effect"),
+        ("[catalog]\nport = 6000\n", "catalog: only database and snapshot_file have an effect"),
         ("[metrics]\nlisten = \"*:6490\"\n", "metrics.listen: \"*:6490\" shows"),
         ("[identify]\nusername_regex = \"(?<tenant>a)\"\n", "identify.username_regex: is not anchored"),
         ("[[shards]]\nname = \"a\"\nweight = 0\n", "shards: every weight is 0"),

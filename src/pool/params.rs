@@ -8,7 +8,8 @@ use crate::tenant::sql::Literal;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Params(Vec<(Box<str>, Box<str>)>);
 
-/// Reported, but no client can set them: they are never carried.
+/// Reported, but no client can set them: they are never carried. `search_path`, reported from PostgreSQL 18 on, is one
+/// that clients do set; it is no wall, so it is theirs.
 const FIXED: &[&str] = &[
     "server_version",
     "server_encoding",
@@ -16,7 +17,6 @@ const FIXED: &[&str] = &[
     "is_superuser",
     "session_authorization",
     "in_hot_standby",
-    "search_path",
 ];
 
 /// Reported by PostgreSQL 18, but carried as settings that are not, so that all versions are treated alike.
