@@ -568,6 +568,8 @@ async fn run_template(
     files: &[template::File],
 ) -> Result<(), PgError> {
     let doing = failed("run the template");
+    // Nothing may have been written yet: then this is what gives the transaction its number.
+    transaction.execute("SELECT pg_catalog.pg_current_xact_id()", &[]).await.map_err(&doing)?;
     let started = transaction_id(transaction).await?;
     for file in files {
         // For each file anew: the one before may have set what it liked (pg_dump's empties the search_path).
