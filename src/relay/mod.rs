@@ -173,7 +173,7 @@ struct Relay {
     server_deaf: bool,
     /// The server has said why it closes.
     farewell: bool,
-    /// The guard has counted a statement and let it through: what the server says to it is not counted again.
+    /// The guard has counted the last text and let it through: what the server says to it is not counted again.
     observed: Cell<bool>,
 }
 
@@ -741,7 +741,6 @@ impl Relay {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
             }
             if header.tag == b'Z' {
-                self.observed.set(false);
                 self.account();
             }
         }
@@ -917,7 +916,8 @@ struct Guard<'a> {
 }
 
 impl Ward for Guard<'_> {
-    fn is_on(&self) -> bool {
+    fn looks(&self) -> bool {
+        self.observed.set(false);
         self.client.rules.guard != GuardMode::Off
     }
 

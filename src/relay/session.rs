@@ -60,8 +60,8 @@ pub struct Link<'a> {
 
 /// Who looks after what a client says, with the knowledge that a [`Session`] does not have.
 pub trait Ward {
-    /// Whether anybody looks at all.
-    fn is_on(&self) -> bool;
+    /// A text has come: whether anybody looks at it.
+    fn looks(&self) -> bool;
     /// How the server reads a text of this client.
     fn lex(&self) -> Lex;
     /// Whether a name may be a tenant's; may say yes too often.
@@ -75,7 +75,7 @@ pub trait Ward {
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
     let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
-    if !ward.is_on() {
+    if !ward.looks() {
         return Ok(residue(scan::leaves_state(text)));
     }
     let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
@@ -812,7 +812,7 @@ mod tests {
     struct Guard;
 
     impl Ward for Guard {
-        fn is_on(&self) -> bool {
+        fn looks(&self) -> bool {
             true
         }
 
