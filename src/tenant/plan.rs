@@ -143,7 +143,7 @@ pub const TENANT_COLUMN: &str = "tenant_id";
 /// Name of the policies.
 pub const POLICY: &str = "tenant_isolation";
 /// Raised when [`Plan::setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 2;
+pub const SETUP_VERSION: u32 = 3;
 /// What the comment on a role, schema or database of a tenant begins with; the id follows.
 pub const MARK: &str = "pgusher tenant";
 
@@ -210,6 +210,17 @@ impl Plan {
                 ("local_preload_libraries".to_owned(), String::new()),
             ],
             Self::Cluster => Vec::new(),
+        }
+    }
+
+    /// Settings that a client may choose for itself, but not have from its role: a tenant may poison its own role with
+    /// `ALTER ROLE … SET`, and what stands in the startup packet wins over it. They come before the client's.
+    pub fn startup_defaults(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Rls | Self::Schema | Self::Database => {
+                &[("statement_timeout", "0"), ("lock_timeout", "0"), ("idle_in_transaction_session_timeout", "0")]
+            }
+            Self::Cluster => &[],
         }
     }
 
