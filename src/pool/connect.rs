@@ -197,6 +197,8 @@ impl Connector {
         let identity = [("user", &*role.name), ("database", database)];
         let names = settings.iter().filter(|(name, _)| name != DATABASE).chain(&ours);
         let names = names.map(|(name, value)| (name.as_str(), value.as_str()));
+        // Of a setting that is named twice the last one counts.
+        let names = tenant.plan.startup_defaults().iter().copied().chain(names);
         let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
         message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
         stream.send_all(&out).await?;

@@ -213,6 +213,17 @@ impl Plan {
         }
     }
 
+    /// Settings that a client may choose for itself, but not have from its role: a tenant may poison its own role with
+    /// `ALTER ROLE … SET`, and what stands in the startup packet wins over it. They come before the client's.
+    pub fn startup_defaults(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Rls | Self::Schema | Self::Database => {
+                &[("statement_timeout", "0"), ("lock_timeout", "0"), ("idle_in_transaction_session_timeout", "0")]
+            }
+            Self::Cluster => &[],
+        }
+    }
+
     /// The tenant's `search_path`: its schema, then the functions that stand in for PostgreSQL's (see
     /// `plan_compat.sql`), which must come before `pg_catalog`.
     pub fn search_path(schema: &str) -> String {
