@@ -933,7 +933,7 @@ impl Ward for Guard<'_> {
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {
         let (tenant, role) = (&self.client.tenant, self.client.tenant.role());
         let is_tenant = |name: &str| name != role && is_other_tenant(self.worker, self.client, name);
-        let seat = Seat { role: &role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
+        let seat = Seat { role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
         let refusal = guard::judge(text, lex, &seat)?;
         let refused = self.client.rules.guard == GuardMode::Enforce;
         let action = if refused { Action::Refused } else { Action::Observed };
