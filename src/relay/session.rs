@@ -140,6 +140,10 @@ pub struct Session {
     /// Messages of the extended protocol since the last Sync.
     open_group: bool,
     copy_in: bool,
+    /// COPY data has been sent since the last ReadyForQuery; and a Sync behind it, which the server ignores while it is
+    /// in COPY, and answers if the COPY has failed by then. Which of the two cannot be told from outside.
+    copy_data: bool,
+    sync_in_copy: bool,
     residue: Residue,
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
@@ -174,6 +178,8 @@ impl Session {
             failed: false,
             open_group: false,
             copy_in: false,
+            copy_data: false,
+            sync_in_copy: false,
             residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
@@ -281,14 +287,19 @@ impl Session {
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
+                self.sync_in_copy |= self.copy_data;
                 if !self.copy_in {
                     self.expects.push_back(Expect::Sync);
                 }
                 Ok(Verdict::Forward)
             }
             b'H' => Ok(Verdict::Forward),
-            b'd' => Ok(Verdict::Forward),
+            b'd' => {
+                self.copy_data = true;
+                Ok(Verdict::Forward)
+            }
             b'c' | b'f' => {
+                self.copy_data = false;
                 if self.copy_in {
                     self.copy_in = false;
                 } else if !self.expects.is_empty() {
@@ -694,7 +705,7 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.copy_in = false;
+        (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         self.pop(|e| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_)), b'Z')
     }
 
