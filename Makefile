@@ -3,6 +3,8 @@
 #   make demo-stop    stop it again (make demo-clean removes its data too)
 #   make test         everything that CI runs
 #   make test-clients tests with real drivers (downloads them)
+#   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
+#   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -19,7 +21,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-full test-matrix lint clean
 
 all: build
 
@@ -69,6 +71,21 @@ test-clients:
 	$(DEPS) build server clients
 	$(CARGO) build --locked
 	tests/clients/run
+
+# With optimisations: the proxy under test is to be the bottleneck nowhere.
+test-full:
+	$(DEPS) build server
+	$(CARGO) test --locked --release --test integration -- --ignored --nocapture --test-threads 1
+
+# 15 is Debian's package, the others are downloaded: see .ci/install-postgres.
+VERSIONS ?= 15 18
+
+test-matrix:
+	$(DEPS) build server
+	set -e; for version in $(VERSIONS); do \
+	  bin=$$(.ci/install-postgres $$version); echo "== PostgreSQL $$version ($$bin)"; \
+	  PGUSHER_PG_BIN=$$bin $(MAKE) --no-print-directory test-rust; \
+	done
 
 lint:
 	$(CARGO) fmt --check

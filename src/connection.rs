@@ -25,15 +25,17 @@ use crate::client::signals::Signals;
 use crate::config::AuthType;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
-use crate::pool::lease::Residue;
+use crate::metrics::TenantStats;
+use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
-use crate::pool::{CheckoutError, Settings};
+use crate::pool::{CheckoutError, DATABASE, Settings};
 use crate::relay::{self, Client, End};
-use crate::server::{Settled, Shared};
+use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
+use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
 use crate::wire::message;
 
@@ -113,18 +115,29 @@ impl Known for Directory {
     fn exists(&self, tenant: &TenantId) -> bool {
         self.find(tenant.as_str()).is_some()
     }
+
+    fn chooses_database(&self, tenant: &TenantId) -> bool {
+        self.find(tenant.as_str()).is_some_and(|tenant| tenant.plan.clients_choose_place())
+    }
 }
 
-/// Takes a client from accept to its tenant's worker, which serves it to its end.
+/// Takes a client from accept to its tenant's worker, which serves it to its end. One that has not logged in holds up
+/// no shutdown.
 pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
+    let stopping = shared.stopping();
+    if stopping.run_until_cancelled(log_in(stream, peer, shared)).await.is_none() {
+        tracing::debug!(%peer, "closed while logging in: shutting down");
+    }
+}
+
+async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let settled = shared.settled();
     let counted = Counted::new(&shared);
     let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
     let timeout = settled.client_login_timeout;
     let deadline = tokio::time::Instant::now() + timeout;
-    let opened = match tokio::time::timeout_at(deadline, login::open(stream, tls)).await {
-        Ok(opened) => opened,
-        Err(_) => return tracing::debug!(%peer, "client_login_timeout before the startup packet"),
+    let Ok(opened) = tokio::time::timeout_at(deadline, login::open(stream, tls)).await else {
+        return tracing::debug!(%peer, "client_login_timeout before the startup packet");
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,
@@ -139,7 +152,7 @@ pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let mut unsent = BytesMut::new();
     let proof = prove(&shared, &settled, &mut opening, &mut unsent);
     let refused = match tokio::time::timeout_at(deadline, proof).await {
-        Ok(Ok(identity)) => match admit(&shared, &identity, &opening).await {
+        Ok(Ok(identity)) => match admit(&shared, &identity, &opening, peer).await {
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
@@ -224,7 +237,7 @@ async fn prove(
 
 fn verifier(directory: &Directory, login: &Login) -> Option<Verifier> {
     match login {
-        Login::Tenant(id) => directory.find(id.as_str())?.verifier.as_deref().cloned(),
+        Login::Tenant(id) => directory.find(id.as_str())?.verifier.clone(),
         Login::AppUser(name) => directory.user(name)?.verifier.clone(),
         Login::Nobody => None,
     }
@@ -243,13 +256,19 @@ async fn admit(
     shared: &Shared,
     identity: &Identity,
     opening: &Opening,
+    peer: Peer,
 ) -> Result<(Arc<Tenant>, Settings, Arc<str>), PgError> {
     let user = opening.startup.user();
+    let report = |tenant: &str, error: &PgError| {
+        let attempt = Violation::new(Kind::Startup, Action::Refused, tenant, user, peer);
+        shared.metrics.report(attempt.what(error.message.as_str()));
+    };
     let id = identity.tenant.as_ref().map_err(|error| {
+        let told = PgError::from(error);
         if error.is_violation() {
-            shared.metrics.count_violation("startup", "refused", named(&identity.login));
+            report(named(&identity.login), &told);
         }
-        PgError::from(error)
+        told
     })?;
     let tenant = match shared.directory.find(id.as_str()) {
         Some(tenant) => tenant,
@@ -260,12 +279,19 @@ async fn admit(
         return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, text).hint("Ask whoever runs this service."));
     }
     let parameters = ClientParameters::read(&opening.startup);
-    let settings = parameters.settings_for(&tenant.schema()).map_err(|refusal| {
+    let chooses = tenant.plan.clients_choose_place();
+    let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
         if refusal.violation {
-            shared.metrics.count_violation("startup", "refused", id.as_str());
+            report(id.as_str(), &refusal.error);
         }
         refusal.error
     })?;
+    // The tenant's and the user's names stand for the tenant's first database, all others for themselves.
+    let database = opening.startup.database().filter(|&name| name != id.as_str() && name != user);
+    if let Some(database) = database.filter(|_| chooses) {
+        let at = settings.partition_point(|(name, _)| name.as_str() < DATABASE);
+        settings.insert(at, (DATABASE.to_owned(), database.to_owned()));
+    }
     Ok((tenant, settings, parameters.application_name.unwrap_or_default().into()))
 }
 
@@ -281,6 +307,11 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
         Login::AppUser(name) => shared.directory.user(name).is_some_and(|user| user.auto_provision),
         Login::Tenant(_) | Login::Nobody => false,
     };
+    if !may && !shared.directory.is_current() {
+        return Err(PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("tenant \"{id}\" is not known"))
+            .detail("The catalog is not reachable, so that nobody can say whether the tenant exists.")
+            .hint("Try again in a moment."));
+    }
     if !may {
         return Err(PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("tenant \"{id}\" does not exist"))
             .hint("Create it first, or set auto_provision = true for the application user."));
@@ -288,34 +319,66 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
     shared.directory.ensure(id, user).await
 }
 
-/// Serves a client that has been handed over. Runs on the tenant's worker.
+/// Greets a client that has been handed over, and leaves it to a task that holds no more than the relay needs. Runs on
+/// the tenant's worker.
 pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
-    let (peer, id, user) = (admitted.peer, admitted.id, admitted.user.clone());
-    let tenant = admitted.tenant.id.clone();
-    let log = admitted.settled.log_connections;
-    let started = tokio::time::Instant::now();
-    let stats = shared.metrics.tenant(tenant.as_str());
-    stats.clients.fetch_add(1, Ordering::Relaxed);
-    let outcome = match greet(admitted, &shared, &worker).await {
+    let stats = shared.metrics.tenant(admitted.tenant.id.as_str());
+    let goodbye = Goodbye {
+        tenant: admitted.tenant.id.clone(),
+        user: admitted.user.as_str().into(),
+        peer: admitted.peer,
+        id: admitted.id,
+        started: tokio::time::Instant::now(),
+        log: admitted.settled.log_connections,
+        stats,
+    };
+    goodbye.stats.clients.fetch_add(1, Ordering::Relaxed);
+    match greet(admitted, &shared, &worker).await {
         Ok((client, registered, counted)) => {
-            let end = Box::pin(relay::run(client, worker)).await;
-            drop((registered, counted));
-            Some(end)
+            let relay = relay::run(client, worker);
+            tokio::spawn(async move {
+                let end = relay.await;
+                drop((registered, counted));
+                goodbye.say(&end);
+            });
         }
-        Err(reason) => reason.map(End::Told),
-    };
-    stats.clients.fetch_sub(1, Ordering::Relaxed);
-    if !log {
-        return;
+        Err(Some(reason)) => goodbye.say(&End::Told(reason)),
+        Err(None) => goodbye.say(&End::Lost),
     }
-    let seconds = started.elapsed().as_secs_f64();
-    let why = match &outcome {
-        None | Some(End::Lost) => "client lost".to_owned(),
-        Some(End::Left) => "client left".to_owned(),
-        Some(End::Server) => "server closed".to_owned(),
-        Some(End::Told(error)) => error.to_string(),
-    };
-    tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+}
+
+/// What is counted and logged when a client goes.
+struct Goodbye {
+    tenant: TenantId,
+    user: Box<str>,
+    peer: Peer,
+    id: u64,
+    started: tokio::time::Instant,
+    log: bool,
+    stats: Arc<TenantStats>,
+}
+
+impl Goodbye {
+    fn say(&self, end: &End) {
+        if !self.log {
+            return;
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        let why = match end {
+            End::Lost => "client lost".to_owned(),
+            End::Left => "client left".to_owned(),
+            End::Server => "server closed".to_owned(),
+            End::Told(error) => error.to_string(),
+        };
+        let Self { tenant, user, peer, id, .. } = self;
+        tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+    }
+}
+
+impl Drop for Goodbye {
+    fn drop(&mut self) {
+        self.stats.clients.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Tells the client that it is welcome, in the server's own words. `Err(None)`: it went away.
@@ -327,6 +390,10 @@ async fn greet(
     let mut stream = admitted.stream.attach().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
+    if shared.is_draining() {
+        // It may have come too late to be told.
+        signals.drain(server::shutting_down());
+    }
     let settings = shared.settings.intern(admitted.settings);
     let name = admitted.application_name;
     let mut out = admitted.unsent;
@@ -342,7 +409,7 @@ async fn greet(
             return Err(Some(error));
         }
     };
-    let params = params.with("application_name", &name);
+    let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let key = {
         let signals = signals.clone();
@@ -372,6 +439,8 @@ async fn greet(
         key,
         signals,
         rules: admitted.settled.relay.clone(),
+        user: admitted.user.into(),
+        from: admitted.peer.to_string().into(),
     };
     Ok((client, registered, admitted._counted))
 }
@@ -405,7 +474,7 @@ async fn welcome(
         };
         let params = lease.conn().params.clone();
         let now = tokio::time::Instant::now();
-        lease.release(Residue::None, settled.relay.server_reset_timeout, now);
+        lease.release(CheckIn::Clean, settled.relay.server_reset_timeout, now);
         return Ok(params);
     }
 }

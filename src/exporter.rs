@@ -20,8 +20,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::Control;
-use crate::metrics::{TIME_BUCKETS, TenantStats, Times};
+use crate::metrics::{PIN_REASONS, TIME_BUCKETS, TenantStats, Times};
 use crate::server::Shared;
+use crate::violation::Lost;
 
 /// What the exporter reads.
 pub struct Exporter {
@@ -237,7 +238,7 @@ impl Exporter {
         for shard in self.shared.directory.shards() {
             tenants.add(&[("shard", &shard.name)], self.shared.directory.tenants_on(&shard.name) as f64);
         }
-        vec![connections.0, storage.0, rate.0, tenants.0, self.violations()]
+        vec![connections.0, storage.0, rate.0, tenants.0, self.violations(), self.lost_records()]
     }
 
     fn violations(&self) -> MetricFamily {
@@ -256,6 +257,15 @@ impl Exporter {
         family.0
     }
 
+    fn lost_records(&self) -> MetricFamily {
+        let help = "Violations that were counted but not written down, by where the record was lost.";
+        let mut family = Family::counter("pgusher_violation_records_lost_total", help);
+        for (at, label) in Lost::ALL {
+            family.add(&[("at", label)], self.shared.metrics.desk.lost(at) as f64);
+        }
+        family.0
+    }
+
     fn clients(&self) -> Vec<MetricFamily> {
         let metrics = &self.shared.metrics;
         let sum =
@@ -268,11 +278,16 @@ impl Exporter {
         clients.add(&[("state", "active")], active as f64);
         clients.add(&[("state", "idle")], all.saturating_sub(active + waiting) as f64);
         clients.add(&[("state", "waiting")], waiting as f64);
+        let mut pinned = Family::gauge("pgusher_pinned_clients", "Clients that keep a server connection, by reason.");
+        for (at, reason) in PIN_REASONS.iter().enumerate() {
+            let clients = metrics.workers().iter().map(|w| w.clients_pinned[at].load(Ordering::Relaxed)).sum::<usize>();
+            pinned.add(&[("reason", reason)], clients as f64);
+        }
         let total = Family::counter("pgusher_clients_total", "Clients accepted.");
         let mut logins = Family::counter("pgusher_client_logins_total", "Ends of client logins.");
         logins.add(&[("result", "failed")], metrics.client_logins_failed.load(Ordering::Relaxed) as f64);
         logins.add(&[("result", "ok")], metrics.client_logins_ok.load(Ordering::Relaxed) as f64);
-        vec![clients.0, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
+        vec![clients.0, pinned.0, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
     }
 
     fn servers(&self) -> Vec<MetricFamily> {

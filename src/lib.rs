@@ -11,7 +11,7 @@
 //! # Layers, low to high
 //!
 //! A module uses only what stands before it in this list; [`connection`] and [`server`] tie the
-//! knots, [`error`], [`metrics`] and [`tls`] are leaves that anyone may use.
+//! knots, [`error`], [`metrics`], [`violation`], [`audit`] and [`tls`] are leaves that anyone may use.
 //!
 //! | layer | question it answers |
 //! |---|---|
@@ -29,6 +29,7 @@
 //!
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
+pub mod audit;
 pub mod cli;
 pub mod client;
 pub mod config;
@@ -45,4 +46,5 @@ pub mod server;
 pub mod stream;
 pub mod tenant;
 pub mod tls;
+pub mod violation;
 pub mod wire;

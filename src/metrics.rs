@@ -11,6 +11,8 @@ use std::time::Duration;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
+use crate::violation::{Desk, Violation};
+
 /// Upper bounds of the time histograms, in microseconds.
 pub const TIME_BUCKETS: [u64; 18] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000,
@@ -66,7 +68,12 @@ pub struct WorkerStats {
     pub clients_active: AtomicUsize,
     /// Clients that wait for one now.
     pub clients_waiting: AtomicUsize,
+    /// Clients that keep one between transactions now, by [`PIN_REASONS`].
+    pub clients_pinned: [AtomicUsize; PIN_REASONS.len()],
 }
+
+/// Why a client keeps its server connection between transactions.
+pub const PIN_REASONS: [&str; 6] = ["temp", "cursor", "prepare", "listen", "lock", "unknown"];
 
 /// What is counted per shard.
 #[derive(Debug, Default)]
@@ -148,6 +155,8 @@ pub struct Metrics {
     tenants: DashMap<String, Arc<TenantStats>>,
     errors: DashMap<(String, &'static str), u64>,
     violations: Mutex<HashMap<ViolationKey, u64>>,
+    /// Where violations are written down.
+    pub desk: Desk,
     /// Clients connected, logging in included.
     pub clients: AtomicUsize,
     /// Clients ever accepted.
@@ -171,6 +180,7 @@ impl Metrics {
             tenants: DashMap::new(),
             errors: DashMap::new(),
             violations: Mutex::default(),
+            desk: Desk::default(),
             clients: 0.into(),
             clients_total: 0.into(),
             client_logins_ok: 0.into(),
@@ -242,8 +252,16 @@ impl Metrics {
         self.errors.iter().map(|e| (e.key().clone(), *e.value())).collect()
     }
 
-    /// Counts an attempt to reach outside a tenant's own seat.
-    pub fn count_violation(&self, kind: &'static str, action: &'static str, tenant: &str) {
+    /// Counts an attempt to reach outside a tenant's own seat, and has it written down.
+    pub fn report(&self, violation: Violation) {
+        let Violation { kind, action, ref tenant, ref who, ref from, ref what, .. } = violation;
+        let (kind, action) = (kind.as_str(), action.as_str());
+        tracing::warn!(tenant, who, from, kind, action, what, "isolation violation");
+        self.count_violation(kind, action, tenant);
+        self.desk.hand_in(violation);
+    }
+
+    fn count_violation(&self, kind: &'static str, action: &'static str, tenant: &str) {
         let mut violations = self.violations.lock();
         let known = violations.len() < VIOLATION_TENANTS || violations.keys().any(|(_, _, t)| t == tenant);
         let tenant = if known { tenant } else { "other" };

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -34,6 +34,7 @@ use crate::exporter::{self, Exporter};
 use crate::metrics::Metrics;
 use crate::pool::cancel::CancelKeys;
 use crate::pool::connect::Connector;
+use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::pool::{Limits, Pools, Settings};
 use crate::relay::{Rules, Worker};
@@ -105,7 +106,8 @@ pub struct Shared {
     workers: Vec<(Handle, Arc<Worker>)>,
     hasher: ahash::RandomState,
     next_client: AtomicU64,
-    draining: AtomicBool,
+    /// Cancelled when a shutdown begins.
+    stopping: CancellationToken,
 }
 
 /// Equal startup settings, kept once.
@@ -141,7 +143,12 @@ impl Shared {
 
     /// Whether the proxy is shutting down.
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        self.stopping.is_cancelled()
+    }
+
+    /// Cancelled when a shutdown begins.
+    pub fn stopping(&self) -> CancellationToken {
+        self.stopping.clone()
     }
 
     /// Has a logged-in client served by its tenant's worker.
@@ -217,6 +224,7 @@ impl Server {
             let (config, directory) = (Arc::new(config.clone()), shared.directory.clone());
             Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
         };
+        control.keep_journal(shared.metrics.clone());
         let accepting = shutdown.child_token();
         let mut addresses = listen(&config, &shared, &accepting)?;
         spawn_sweeper(&shared, shutdown.clone());
@@ -252,10 +260,9 @@ impl Server {
 
     /// Stops accepting, lets transactions end for `timeout` (zero: for ever), and closes everything.
     pub async fn drain(&self, timeout: Duration) {
-        self.shared.draining.store(true, Ordering::Release);
+        self.shared.stopping.cancel();
         self.accepting.cancel();
-        let reason = PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
-        self.shared.sessions.drain(&reason);
+        self.shared.sessions.drain(&shutting_down());
         let started = tokio::time::Instant::now();
         while self.shared.metrics.clients.load(Ordering::Relaxed) > 0 {
             if !timeout.is_zero() && started.elapsed() >= timeout {
@@ -286,13 +293,18 @@ impl Drop for Server {
     }
 }
 
+/// What clients are told when the proxy shuts down.
+pub(crate) fn shutting_down() -> PgError {
+    PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn settle(config: &Config) -> Result<Settled, ServeError> {
     let (proxy, pool, identify) = (&config.proxy, &config.pool, &config.identify);
-    let databases = config.shards.iter().map(|shard| shard.database.clone());
+    let databases = config.shards.iter().flat_map(|shard| [shard.database.clone(), shard.rls_database.clone()]);
     let rules = identify::Rules::new(
         identify.order.clone(),
         identify.username_regex.as_deref(),
@@ -313,6 +325,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
             client_idle_timeout: proxy.client_idle_timeout,
             idle_transaction_timeout: proxy.idle_transaction_timeout,
             query_timeout: proxy.query_timeout,
+            guard: config.guard.mode,
         }),
     })
 }
@@ -332,7 +345,7 @@ fn build(
     let metrics = Arc::new(Metrics::new(runtimes.len()));
     let connector = Connector::new(
         client_tls,
-        config.provision.master_secret.clone(),
+        Passwords::new(config),
         config.pool.server_connect_timeout,
         config.pool.server_lifetime,
         metrics.clone(),
@@ -362,7 +375,7 @@ fn build(
         workers,
         hasher: ahash::RandomState::new(),
         next_client: 1.into(),
-        draining: false.into(),
+        stopping: CancellationToken::new(),
     })
 }
 

@@ -181,11 +181,15 @@ impl Stream {
     /// # Errors
     /// Those of the socket.
     pub async fn read_some(&mut self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
-        let mut scratch = [0; 4096];
-        let limit = limit.min(scratch.len());
-        let n = poll_fn(|cx| self.poll_fill(cx, &mut scratch[..limit])).await?;
-        buf.extend_from_slice(&scratch[..n]);
-        Ok(n)
+        // In place: an array here would live in the future of every caller.
+        let start = buf.len();
+        poll_fn(|cx| {
+            buf.resize(start + limit.min(4096), 0);
+            let result = self.poll_fill(cx, &mut buf[start..]);
+            buf.truncate(start + if let Poll::Ready(Ok(n)) = result { n } else { 0 });
+            result
+        })
+        .await
     }
 
     /// Writes all of the bytes. Not cancel safe.

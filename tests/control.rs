@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pgusher::config::{Config, Secret, ShardConfig, User};
-use pgusher::control::provision::Wanted;
+use pgusher::control::provision::{Choice, Wanted};
 use pgusher::control::{Control, NoTraffic, Traffic, api, cli};
 use pgusher::directory::Directory;
 use pgusher::error::PgError;
@@ -176,7 +176,7 @@ async fn a_new_tenant_finds_its_tables_and_nothing_else() {
     let password = server_password(SECRET, &on_one[0]);
     assert!(!one.log().contains(&password));
     // Storage is measured.
-    until("measuring storage", || proxy.control.storage().len() == 24).await;
+    until("measuring storage", || proxy.control.largest_tenants().len() == 24).await;
     proxy.stop().await;
 }
 
@@ -188,8 +188,7 @@ async fn psql_pgbench_and_pg_dump_work_as_the_tenant() {
     proxy.ensure("client_001").await.unwrap();
     proxy.ensure("client_002").await.unwrap();
     let run = |program: &str, arguments: &[&str]| {
-        let bin = support::postgres::bin_dir().unwrap();
-        let output = std::process::Command::new(bin.join(program))
+        let output = std::process::Command::new(support::postgres::client_program(program))
             .args(["-h", "127.0.0.1", "-p", &cluster.port().to_string(), "-U", "client_001"])
             .args(arguments)
             .env("PGPASSWORD", server_password(SECRET, "client_001"))
@@ -202,14 +201,29 @@ async fn psql_pgbench_and_pg_dump_work_as_the_tenant() {
     };
     let dt = run("psql", &["-d", "tenants", "-Atc", "\\dt"]);
     assert_eq!(dt, "client_001|t|table|client_001\n");
+    let server: String = cluster
+        .admin("postgres")
+        .await
+        .query_one("SELECT current_setting('server_version_num')", &[])
+        .await
+        .unwrap()
+        .get(0);
+    // psql and pg_dump that are older than the server do not know all of it.
+    let version = run("psql", &["--version"]);
+    let old =
+        version.split(' ').nth(2).and_then(|v| v.split('.').next()?.parse::<u32>().ok()) < server[..2].parse().ok();
     for command in ["\\d t", "\\d+ t", "\\d v", "\\d+ v", "\\d+", "\\df", "\\dn", "\\ds", "\\dv", "\\l", "\\du", "\\di"]
+        .into_iter()
+        .filter(|command| !old || *command != "\\l")
     {
         run("psql", &["-d", "tenants", "-c", command]);
     }
     run("pgbench", &["-i", "-q", "tenants"]);
     run("pgbench", &["-n", "-t", "5", "-M", "prepared", "tenants"]);
-    let dump = run("pg_dump", &["--schema-only", "-n", "client_001", "tenants"]);
-    assert!(dump.contains("CREATE TABLE client_001.pgbench_accounts"));
+    if !old {
+        let dump = run("pg_dump", &["--schema-only", "-n", "client_001", "tenants"]);
+        assert!(dump.contains("CREATE TABLE client_001.pgbench_accounts"));
+    }
     proxy.stop().await;
 }
 
@@ -414,41 +428,10 @@ async fn a_restored_catalog_and_a_tenant_that_locks_its_tables_disturb_nobody() 
     held.batch_execute("TRUNCATE bookings").await.unwrap();
     let proxy = Proxy::start(config).await;
     assert_eq!(count(&catalog, "SELECT count(*) FROM pgusher.tenants WHERE changed_in = '99999999999'").await, 0);
-    until("measuring the other", || proxy.control.storage().contains_key("b")).await;
-    assert!(!proxy.control.storage().contains_key("a"));
+    until("measuring the other", || proxy.control.storage_of("b").is_some()).await;
+    assert!(proxy.control.storage_of("a").is_none());
     held.rollback().await.unwrap();
-    until("measuring it", || proxy.control.storage().contains_key("a")).await;
-    proxy.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "measures: half a million tenants"]
-async fn half_a_million_tenants_load_in_seconds() {
-    let cluster = Cluster::start();
-    let config = config(&[&cluster], None);
-    Proxy::start(config.clone()).await.stop().await;
-    let verifier = pgusher::tenant::credential::Verifier::random("x").to_text();
-    let catalog = cluster.admin("pgusher").await;
-    catalog
-        .batch_execute(&format!(
-            "INSERT INTO pgusher.tenants (id, plan, shard, database, schema, role, status)
-             SELECT 't' || n, 'schema', 'shard_1', 'tenants', 't' || n, 't' || n, 'active' FROM generate_series(1, 500000) n;
-             ALTER TABLE pgusher.credentials DISABLE TRIGGER announce;
-             INSERT INTO pgusher.credentials (name, kind, tenant, verifier)
-             SELECT 't' || n, 'tenant', 't' || n, '{verifier}' FROM generate_series(1, 500000) n;
-             ALTER TABLE pgusher.credentials ENABLE TRIGGER announce; ANALYZE"
-        ))
-        .await
-        .unwrap();
-    let began = Instant::now();
-    let proxy = Proxy::start(config).await;
-    let took = began.elapsed();
-    assert_eq!(proxy.directory.len(), 500_000);
-    println!("loaded in {took:?}");
-    let began = Instant::now();
-    proxy.ensure("one-more").await.unwrap();
-    println!("one more in {:?}", began.elapsed());
-    assert!(took < Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 5 }), "{took:?}");
+    until("measuring it", || proxy.control.storage_of("a").is_some()).await;
     proxy.stop().await;
 }
 
@@ -588,7 +571,7 @@ async fn a_tenant_with_2000_tables_is_deleted_without_a_trace_but_its_tombstone(
     assert_eq!(again, tombstone);
     let error = proxy.ensure("big").await.unwrap_err();
     assert_eq!((&*error.code, error.message.as_str()), ("55000", "tenant \"big\" has been deleted"));
-    let record = proxy.control.create(&id("big"), "test", None).await.unwrap();
+    let record = proxy.control.create(&id("big"), "test", Choice::default()).await.unwrap();
     assert_eq!(record.status, "active");
     let client = as_tenant(&cluster, "big").await;
     assert_eq!(count(&client, "SELECT count(*) FROM pg_class WHERE relnamespace = 'big'::regnamespace").await, 0);
@@ -611,7 +594,7 @@ async fn creating_and_deleting_at_once_ends_whole_or_gone() {
                 let tenant = id(["x", "y"][(n + round) % 2]);
                 let done = match (n + round) % 3 {
                     0 => control.delete(&tenant, "test").await.map(drop),
-                    1 => control.create(&tenant, "test", None).await.map(drop),
+                    1 => control.create(&tenant, "test", Choice::default()).await.map(drop),
                     _ => control.make(&tenant, "test", Wanted::ByConnecting).await,
                 };
                 // Refused because of the other's work is what may happen; nothing else is.
@@ -747,7 +730,7 @@ async fn the_api_answers_its_calls() {
     // The tenant's own credential is in the directory, and it is that password's.
     let verifier = proxy.directory.find("client_001").unwrap().verifier.clone().unwrap();
     let keys = pgusher::tenant::credential::Verifier::make(&password, &verifier.salt, verifier.iterations);
-    assert!(keys == *verifier);
+    assert!(keys == verifier);
 
     let (status, body) = http(port, "GET", "/tenant/client_001/health", token).await;
     assert_eq!((status, &body["reachable"], &body["clients"]), (200, &true.into(), &3.into()), "{body}");
@@ -805,6 +788,8 @@ async fn the_command_line_does_the_same() {
         weight: 100,
         region: "eu".into(),
         max_db_connections: None,
+        rls_database: "shared".into(),
+        dedicated_to: None,
         tenants: 0,
     };
     let running = Proxy::start(config.clone()).await;
@@ -812,12 +797,12 @@ async fn the_command_line_does_the_same() {
     assert_eq!(cli::shard_add(&config, &shard, false).await.unwrap(), "shard late is ready\n");
     until("the shard", || running.directory.shard("late").is_some()).await;
     assert_eq!(
-        cli::tenant_create(&config, "x", Some("late"), false).await.unwrap(),
+        cli::tenant_create(&config, "x", &Choice { shard: Some("late".into()), plan: None }, false).await.unwrap(),
         "tenant x is active on shard late\n"
     );
     until("the tenant", || running.directory.find("x").is_some()).await;
-    assert!(cli::tenant_create(&config, "y", Some("none"), false).await.is_err());
-    assert!(cli::tenant_create(&config, "Y", None, false).await.is_err());
+    assert!(cli::tenant_create(&config, "y", &Choice { shard: Some("none".into()), plan: None }, false).await.is_err());
+    assert!(cli::tenant_create(&config, "Y", &Choice::default(), false).await.is_err());
     assert!(cli::tenant_list(&config, None, None, false, false).await.unwrap().contains("x   active"));
     assert!(cli::tenant_show(&config, "x", true).await.unwrap().contains("\"shard\": \"late\""));
     assert!(

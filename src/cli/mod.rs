@@ -11,11 +11,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::audit::Key;
 use crate::config::{Config, Purpose};
+use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
 use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
+use crate::tenant::Plan;
 use logging::Logging;
 use signals::{Event, Signals};
 
@@ -65,6 +68,11 @@ enum Command {
         #[command(subcommand)]
         command: ShardCommand,
     },
+    /// Check the audit log
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
     /// Ask a running pgusher whether it is ready; exits with 1 if not
     Health {
         /// What to ask
@@ -73,6 +81,18 @@ enum Command {
         /// How long to wait for an answer
         #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
         timeout: std::time::Duration,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Find every line that was changed, removed, put in or moved; exits with 1 if there is one
+    Verify {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Logs in the order in which they were written, if not the one of the configuration
+        #[arg(value_name = "LOG")]
+        files: Vec<PathBuf>,
     },
 }
 
@@ -87,6 +107,9 @@ enum TenantCommand {
         /// The shard it is to live on; the ring decides if absent
         #[arg(long)]
         shard: Option<String>,
+        /// Its plan: rls, schema, database, cluster; the configuration decides if absent
+        #[arg(long, value_parser = plan)]
+        plan: Option<Plan>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -163,6 +186,12 @@ struct ShardAdd {
     /// Database that holds the tenants; created if missing
     #[arg(long, default_value = "tenants")]
     database: String,
+    /// Database that tenants of plan rls share; created if missing
+    #[arg(long, default_value = "shared")]
+    rls_database: String,
+    /// The one tenant that has the shard to itself (plan cluster); it takes no other
+    #[arg(long, value_name = "TENANT")]
+    dedicated: Option<String>,
     /// Weight on the ring
     #[arg(long, default_value_t = 100)]
     weight: u32,
@@ -175,6 +204,11 @@ struct ShardAdd {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn plan(text: &str) -> Result<Plan, String> {
+    let words = Plan::ALL.map(Plan::as_str);
+    Plan::parse(text).ok_or_else(|| format!("there are the plans {}", words.join(", ")))
 }
 
 /// What a person reads when a command fails.
@@ -227,6 +261,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Tenant { command } => tenant(command).await,
         Command::Shard { command } => shard(command).await,
+        Command::Audit { command } => audit(command),
         Command::Health { url, timeout } => {
             println!("{}", health::probe(&url, timeout)?);
             Ok(ExitCode::SUCCESS)
@@ -311,8 +346,8 @@ fn control_config(file: &ConfigFile) -> Result<Config, Failure> {
 
 async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
     let text = match command {
-        TenantCommand::Create { config, id, shard, json } => {
-            control::tenant_create(&control_config(&config)?, &id, shard.as_deref(), json).await?
+        TenantCommand::Create { config, id, shard, plan, json } => {
+            control::tenant_create(&control_config(&config)?, &id, &Choice { shard, plan }, json).await?
         }
         TenantCommand::List { config, after, limit, deleted, json } => {
             control::tenant_list(&control_config(&config)?, after.as_deref(), limit, deleted, json).await?
@@ -326,6 +361,23 @@ async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
         }
     };
     print!("{text}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn audit(command: AuditCommand) -> Result<ExitCode, Failure> {
+    let AuditCommand::Verify { config, files } = command;
+    let config = control_config(&config)?;
+    let files = if files.is_empty() { config.audit.file.into_iter().collect() } else { files };
+    if files.is_empty() {
+        let hint = "Set [audit] file, or name the log.".to_owned();
+        return Err(Failure { message: "there is no audit log".into(), hint: Some(hint) });
+    }
+    let sound = crate::audit::verify(&files, &Key::derive(config.provision.master_secret.expose()))?;
+    let numbers = sound.numbers.map_or(String::new(), |(first, last)| format!(", numbers {first} to {last}"));
+    println!("{} lines{numbers}: as they were written", sound.lines);
+    if !sound.head {
+        println!("No head beside the last log: whether lines are missing at its end cannot be told.");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -350,6 +402,8 @@ async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {
                 weight: add.weight,
                 region: add.region,
                 max_db_connections: add.max_db_connections,
+                rls_database: add.rls_database,
+                dedicated_to: add.dedicated,
                 tenants: 0,
             };
             control::shard_add(&config, &shard, add.json).await?

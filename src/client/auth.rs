@@ -171,7 +171,7 @@ impl Exchange {
             return Err(malformed("Nonce contains characters that are not printable."));
         }
         let nonce = format!("{client_nonce}{}", self.nonce);
-        let salt = STANDARD.encode(&self.verifier.salt);
+        let salt = STANDARD.encode(&*self.verifier.salt);
         let server_first = format!("r={nonce},s={salt},i={}", self.verifier.iterations);
         let answer = server_first.clone().into_bytes();
         self.state = State::Challenged { bare: bare.to_owned(), server_first, nonce, binding };

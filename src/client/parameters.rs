@@ -67,19 +67,20 @@ impl ClientParameters {
     }
 
     /// The settings to put behind the plan's own in the server connection's startup packet, for the tenant that lives
-    /// in `schema`.
+    /// in `schema`; `None` is one that has its server to itself, and any `search_path`.
     ///
     /// A `search_path` that names the tenant's schema, under its name or as `"$user"`, is what the plan sends anyway
     /// and is left out. The empty one is kept: it is a tool's way to have every name qualified.
     ///
     /// # Errors
     /// The first thing that the client may not have.
-    pub fn settings_for(&self, schema: &str) -> Result<Vec<(String, String)>, Refusal> {
+    pub fn settings_for<'a>(&self, schema: impl Into<Option<&'a str>>) -> Result<Vec<(String, String)>, Refusal> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.clone());
         }
         let mut settings = self.settings.clone();
-        if let Some(at) = settings.iter().position(|(name, _)| name == "search_path")
+        if let Some(schema) = schema.into()
+            && let Some(at) = settings.iter().position(|(name, _)| name == "search_path")
             && !check_search_path(&settings[at].1, schema)?.is_empty()
         {
             settings.remove(at);

@@ -81,6 +81,8 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { name: "catalog", many: false, about: CATALOG_ABOUT, keys: CATALOG },
     Section { name: "shards", many: true, about: SHARDS_ABOUT, keys: SHARDS },
     Section { name: "provision", many: false, about: &["How a tenant is made."], keys: PROVISION },
+    Section { name: "guard", many: false, about: GUARD_ABOUT, keys: GUARD },
+    Section { name: "audit", many: false, about: AUDIT_ABOUT, keys: AUDIT },
     Section { name: "api", many: false, about: &["The admin HTTP API."], keys: API },
     Section { name: "metrics", many: false, about: &["Numbers for Prometheus."], keys: METRICS },
     Section { name: "log", many: false, about: &["Log lines, on standard error."], keys: LOG },
@@ -119,7 +121,9 @@ const PROXY: &[Key] = keys! { one proxy:
 
 const POOL: &[Key] = keys! { one pool:
     /// When a server connection goes back to its pool:
-    /// "session" when the client leaves, "transaction" when the transaction ends.
+    /// "auto" when the transaction ends, unless the client holds something that cannot be carried over (temporary
+    /// tables, session locks, LISTEN, …); "session" when the client leaves; "transaction" always when the transaction
+    /// ends, and what a client leaves behind is reset.
     pool_mode: OneOf<super::PoolMode>;
     /// Most server connections of one tenant (with one set of startup settings).
     default_pool_size: Connections;
@@ -211,6 +215,9 @@ const CATALOG: &[Key] = keys! { one catalog:
     user: Text;
     /// Its password.
     password: Hidden, "\"…\"";
+    /// File in which what is known of the catalog is kept, so that pgusher can start while the catalog is away. It
+    /// holds verifiers: the directory should be pgusher's own. There is none unless this is set.
+    snapshot_file: Optional<File>, "\"/var/lib/pgusher/catalog.snapshot\"";
 };
 
 const SHARDS_ABOUT: &[&str] = &[
@@ -227,6 +234,14 @@ const SHARDS: &[Key] = keys! { many shards:
     port: Port;
     /// The database that tenants' schemas are made in; made at the start if it is missing.
     database: Text;
+    /// The database that tenants of plan "rls" share; made with the first of them.
+    rls_database: Text;
+    /// The one tenant that has this shard to itself (plan "cluster"); it takes no other.
+    dedicated_to: Optional<Text>, "\"client_001\"";
+    /// A role that exists there and that this tenant is to use, superuser or not. Absent: pgusher makes one.
+    tenant_role: Optional<Text>, "\"app\"";
+    /// Its password. Absent: it is derived like all others.
+    tenant_password: Hidden, "\"…\"";
     /// A superuser. It makes and removes tenants and never runs a client's statement.
     admin_user: Text;
     /// Its password.
@@ -240,8 +255,12 @@ const SHARDS: &[Key] = keys! { many shards:
 };
 
 const PROVISION: &[Key] = keys! { one provision:
-    /// Plan of new tenants: "schema" is a schema of its own in a shared database.
+    /// Plan of new tenants: "rls" is rows of shared tables, "schema" a schema of its own in a shared database,
+    /// "database" a database of its own, "cluster" a shard of its own (one that is dedicated_to it).
     plan: OneOf<crate::tenant::Plan>;
+    /// "compat": psql, introspection and pg_dump work as everywhere. "strict": whatever grants can close is closed,
+    /// which breaks them. Can be changed; databases are brought to it at the start.
+    hardening: OneOf<crate::tenant::plan::Hardening>;
     /// Directory of .sql files that every new tenant starts with, run in order of their names, as the tenant.
     template_dir: Optional<File>, "\"/etc/pgusher/template\"";
     /// Tenants' passwords towards the shards are derived from it, so that none is stored. At least 32 characters,
@@ -255,6 +274,26 @@ const PROVISION: &[Key] = keys! { one provision:
     role_connection_limit: Number<i32, { -1 }, 262_143>;
     /// How long making one tenant may take.
     provision_timeout: SomeTime;
+};
+
+const GUARD_ABOUT: &[&str] = &[
+    "Statements that plainly reach for another tenant or another identity. What a tenant's role may not do, it cannot do",
+    "without the guard either; the guard says so earlier, and every attempt is counted.",
+];
+
+const GUARD: &[Key] = keys! { one guard:
+    /// "enforce" refuses such statements, "observe" counts them and lets them through, "off" does not look.
+    mode: OneOf<super::GuardMode>;
+};
+
+const AUDIT_ABOUT: &[&str] = &[
+    "The audit log: a line for every violation and for every change to tenants and shards, append-only. Each line carries",
+    "the hash of the one before it, under a key derived from master_secret; `pgusher audit verify` checks them.",
+];
+
+const AUDIT: &[Key] = keys! { one audit:
+    /// The file. There is no audit log unless this is set.
+    file: Optional<File>, "\"/var/lib/pgusher/audit.log\"";
 };
 
 const API: &[Key] = keys! { one api:

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::mistake::nearest;
-use super::{AuthType, LogFormat, PoolMode, Secret, Source, SslMode};
+use super::{AuthType, GuardMode, LogFormat, PoolMode, Secret, Source, SslMode};
 use crate::tenant::Plan;
+use crate::tenant::plan::Hardening;
 
 /// A value as it was written, before it means anything. No `Debug`: it may be a secret.
 #[derive(Clone, PartialEq)]
@@ -373,7 +374,13 @@ impl<K: Kind> Kind for ListOf<K> {
 }
 
 impl Word for PoolMode {
-    const WORDS: &'static [(&'static str, Self)] = &[("session", Self::Session), ("transaction", Self::Transaction)];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("session", Self::Session), ("transaction", Self::Transaction)];
+}
+
+impl Word for GuardMode {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("enforce", Self::Enforce), ("observe", Self::Observe), ("off", Self::Off)];
 }
 
 impl Word for SslMode {
@@ -406,7 +413,12 @@ impl Word for LogFormat {
 }
 
 impl Word for Plan {
-    const WORDS: &'static [(&'static str, Self)] = &[("schema", Self::Schema)];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("rls", Self::Rls), ("schema", Self::Schema), ("database", Self::Database), ("cluster", Self::Cluster)];
+}
+
+impl Word for Hardening {
+    const WORDS: &'static [(&'static str, Self)] = &[("compat", Self::Compat), ("strict", Self::Strict)];
 }
 
 #[cfg(test)]

@@ -30,8 +30,8 @@ use std::path::Path;
 pub use mistake::{ConfigErrors, Mistake, Place};
 pub use reference::reference;
 pub use sections::{
-    Api, Auth, AuthType, Catalog, Identify, Log, LogFormat, Metrics, Pool, PoolMode, Provision, Proxy, ShardConfig,
-    Source, SslMode, Tls, User,
+    Api, Audit, Auth, AuthType, Catalog, Guard, GuardMode, Identify, Log, LogFormat, Metrics, Pool, PoolMode,
+    Provision, Proxy, ShardConfig, Source, SslMode, Tls, User,
 };
 
 /// Everything that can be configured.
@@ -55,6 +55,10 @@ pub struct Config {
     pub shards: Vec<ShardConfig>,
     /// `[provision]`
     pub provision: Provision,
+    /// `[guard]`
+    pub guard: Guard,
+    /// `[audit]`
+    pub audit: Audit,
     /// `[api]`
     pub api: Api,
     /// `[metrics]`

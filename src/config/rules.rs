@@ -274,6 +274,7 @@ fn shards(config: &Config, report: &mut Report<'_>) {
                 report.at("shards", index, key, "is empty");
             }
         }
+        own_shard(config, index, report);
         let place = (shard.host.as_str(), shard.port, shard.database.as_str());
         if let Some(other) = places.insert(place, &shard.name) {
             report.at("shards", index, "database", format!("is the same database as that of shard {other:?}"));
@@ -283,6 +284,35 @@ fn shards(config: &Config, report: &mut Report<'_>) {
         if value.is_empty() {
             report.one("catalog", key, "is empty");
         }
+    }
+}
+
+/// What a shard says about the one tenant that has it, and about databases.
+fn own_shard(config: &Config, index: usize, report: &mut Report<'_>) {
+    let shard = &config.shards[index];
+    if shard.rls_database.is_empty() {
+        report.at("shards", index, "rls_database", "is empty");
+    } else if shard.rls_database == shard.database {
+        report.at("shards", index, "rls_database", "is database, too: plans do not share one");
+    }
+    let Some(tenant) = &shard.dedicated_to else {
+        if shard.tenant_role.is_some() {
+            report.at("shards", index, "tenant_role", "has no effect without dedicated_to");
+        }
+        return;
+    };
+    if let Err(error) = TenantId::parse(tenant) {
+        report.at("shards", index, "dedicated_to", error.to_string());
+    }
+    if config.shards[..index].iter().any(|other| other.dedicated_to.as_ref() == Some(tenant)) {
+        report.at("shards", index, "dedicated_to", format!("{tenant:?} has another shard to itself"));
+    }
+    if index == 0 && config.catalog.host.is_none() {
+        let problem = "the catalog is on the first shard, which a tenant cannot have to itself; give [catalog] host";
+        report.at("shards", index, "dedicated_to", problem);
+    }
+    if shard.tenant_role.is_none() && !shard.tenant_password.expose().is_empty() {
+        report.at("shards", index, "tenant_password", "needs tenant_role");
     }
 }
 

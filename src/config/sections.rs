@@ -44,8 +44,10 @@ pub struct Proxy {
 pub enum PoolMode {
     /// When the client leaves.
     Session,
-    /// When the transaction ends.
+    /// When the transaction ends; what cannot work so is refused or reset.
     Transaction,
+    /// When the transaction ends, unless the client holds something that cannot be carried to another server connection.
+    Auto,
 }
 
 /// `[pool]`: server connections.
@@ -162,6 +164,8 @@ pub struct Catalog {
     pub user: String,
     /// Its password.
     pub password: Secret,
+    /// Where a snapshot of it is kept, to start from while it is away; none if absent.
+    pub snapshot_file: Option<PathBuf>,
 }
 
 /// `[[shards]]`: one PostgreSQL cluster.
@@ -175,6 +179,14 @@ pub struct ShardConfig {
     pub port: u16,
     /// The database that holds tenants of plan `schema`; created if missing.
     pub database: String,
+    /// The database that holds tenants of plan `rls`; created if missing.
+    pub rls_database: String,
+    /// The one tenant of plan `cluster` that has this shard to itself.
+    pub dedicated_to: Option<String>,
+    /// A role that this tenant uses, which was there before; pgusher makes one if absent.
+    pub tenant_role: Option<String>,
+    /// Its password.
+    pub tenant_password: Secret,
     /// A superuser, for provisioning only.
     pub admin_user: String,
     /// Its password.
@@ -192,6 +204,8 @@ pub struct ShardConfig {
 pub struct Provision {
     /// Plan of new tenants.
     pub plan: crate::tenant::Plan,
+    /// How much of PostgreSQL's catalogs and functions tenants may use.
+    pub hardening: crate::tenant::plan::Hardening,
     /// Directory of `.sql` files, run in order as the tenant; none if absent.
     pub template_dir: Option<PathBuf>,
     /// Server passwords are derived from it. At least 32 characters.
@@ -204,6 +218,32 @@ pub struct Provision {
     pub role_connection_limit: i32,
     /// How long making one tenant may take.
     pub provision_timeout: Duration,
+}
+
+/// What becomes of statements that plainly reach for another tenant or another identity.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GuardMode {
+    /// They are refused.
+    #[default]
+    Enforce,
+    /// They are counted and let through.
+    Observe,
+    /// Nobody looks.
+    Off,
+}
+
+/// `[guard]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Guard {
+    /// What becomes of such statements.
+    pub mode: GuardMode,
+}
+
+/// `[audit]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// The audit log; none if absent.
+    pub file: Option<PathBuf>,
 }
 
 /// `[api]`: the admin HTTP API.
@@ -278,7 +318,7 @@ impl Default for Proxy {
 impl Default for Pool {
     fn default() -> Self {
         Self {
-            pool_mode: PoolMode::Session,
+            pool_mode: PoolMode::Auto,
             default_pool_size: 50,
             max_db_connections: 80,
             query_wait_timeout: secs(120),
@@ -327,6 +367,7 @@ impl Default for Catalog {
             database: "pgusher".into(),
             user: "postgres".into(),
             password: Secret::default(),
+            snapshot_file: None,
         }
     }
 }
@@ -338,6 +379,10 @@ impl Default for ShardConfig {
             host: "127.0.0.1".into(),
             port: 5432,
             database: "tenants".into(),
+            rls_database: "shared".into(),
+            dedicated_to: None,
+            tenant_role: None,
+            tenant_password: Secret::default(),
             admin_user: "postgres".into(),
             admin_password: Secret::default(),
             weight: 100,
@@ -351,6 +396,7 @@ impl Default for Provision {
     fn default() -> Self {
         Self {
             plan: crate::tenant::Plan::Schema,
+            hardening: crate::tenant::plan::Hardening::Compat,
             template_dir: None,
             master_secret: Secret::default(),
             admin_user: "postgres".into(),

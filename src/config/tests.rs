@@ -238,7 +238,7 @@ const MISTAKES: &[(&str, &[&str])] = &[
     (
         "[pool]\npool_mode = \"sesion\"\n",
         &[
-            "pgusher.toml:2: pool.pool_mode: expected one of \"session\", \"transaction\", found \"sesion\", did you mean \"session\"?",
+            "pgusher.toml:2: pool.pool_mode: expected one of \"auto\", \"session\", \"transaction\", found \"sesion\", did you mean \"session\"?",
         ],
     ),
     ("[log]\nlog_connections = 1\n", &["pgusher.toml:2: log.log_connections: expected true or false, found 1"]),
@@ -357,7 +357,7 @@ fn every_mistake_is_told_with_line_key_and_way_out() {
 fn mistakes_of_variables_name_the_variable() {
     let file = "[[shards]]\nname = \"eu-1\"\n[[shards]]\nname = \"eu.1\"\nport = 1\n";
     for (name, value, expected) in [
-        ("PGUSHER_POOL_POOL_MODE", "x", "expected one of \"session\", \"transaction\", found \"x\""),
+        ("PGUSHER_POOL_POOL_MODE", "x", "expected one of \"auto\", \"session\", \"transaction\", found \"x\""),
         ("PGUSHER_POOL_POLL_MODE", "session", "unknown variable, did you mean \"PGUSHER_POOL_POOL_MODE\"?"),
         ("PGUSHER_XYZZY", "", "unknown variable"),
         ("PGUSHER_SHARDS_EU_1_PORT", "5432", "stands for more than one of [[shards]]"),
@@ -410,7 +410,7 @@ fn warnings_are_about_what_is_allowed() {
         ("[proxy]\nlisten_addr = \"*\"\n", "tls.client_tls_sslmode: \"disable\""),
         ("[pool]\ndefault_pool_size = 200\n", "pool.default_pool_size: 200 is never reached"),
         ("[provision]\nrole_connection_limit = 5\n", "provision.role_connection_limit: 5 is less than"),
-        ("[catalog]\nport = 6000\n", "catalog: only database has an effect"),
+        ("[catalog]\nport = 6000\n", "catalog: only database and snapshot_file have an effect"),
         ("[metrics]\nlisten = \"*:6490\"\n", "metrics.listen: \"*:6490\" shows"),
         ("[identify]\nusername_regex = \"(?<tenant>a)\"\n", "identify.username_regex: is not anchored"),
         ("[[shards]]\nname = \"a\"\nweight = 0\n", "shards: every weight is 0"),

@@ -47,9 +47,15 @@ pub(super) fn of(config: &Config) -> Vec<String> {
         ),
     );
     let catalog = &config.catalog;
+    let without_login = Catalog {
+        database: catalog.database.clone(),
+        snapshot_file: catalog.snapshot_file.clone(),
+        ..Catalog::default()
+    };
     warn(
-        catalog.host.is_none() && *catalog != Catalog { database: catalog.database.clone(), ..Catalog::default() },
-        "catalog: only database has an effect without host, the first shard's login is used".to_owned(),
+        catalog.host.is_none() && *catalog != without_login,
+        "catalog: only database and snapshot_file have an effect without host, the first shard's login is used"
+            .to_owned(),
     );
     let token = config.api.token.expose().len();
     warn((1..SHORT_TOKEN).contains(&token), format!("api.token: {token} characters can be guessed"));

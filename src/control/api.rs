@@ -2,7 +2,7 @@
 //!
 //! | call | does |
 //! |---|---|
-//! | `GET /tenant/{id}/database-url` | a DSN through the proxy; makes the tenant if need be |
+//! | `GET /tenant/{id}/database-url?plan=` | a DSN through the proxy; makes the tenant if need be, with this plan |
 //! | `GET /tenant/{id}/health` | status, shard, reachability as the tenant, clients, storage |
 //! | `GET /tenant/{id}` | the tenant's row in the catalog |
 //! | `DELETE /tenant/{id}` | ends its sessions, drops its place, leaves a tombstone |
@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Control;
 use crate::error::{PgError, sqlstate};
-use crate::tenant::TenantId;
+use crate::tenant::{Plan, TenantId};
 
 /// Largest request body.
 const MAX_BODY: usize = 64 << 10;
@@ -80,8 +80,14 @@ type Answer<T> = Result<Json<T>, Failure>;
 async fn database_url(
     State(control): State<Arc<Control>>,
     Path(id): Path<String>,
+    wanted: Result<Query<PlanWanted>, axum::extract::rejection::QueryRejection>,
 ) -> Answer<super::tenants::DatabaseUrl> {
-    Ok(Json(control.database_url(&tenant_id(&id)?, WHO).await?))
+    let Query(wanted) = wanted.map_err(|rejection| bad_request(rejection.body_text()))?;
+    let plan = match wanted.plan.as_deref() {
+        Some(word) => Some(Plan::parse(word).ok_or_else(|| bad_request(format!("there is no plan {word:?}")))?),
+        None => None,
+    };
+    Ok(Json(control.database_url(&tenant_id(&id)?, WHO, plan).await?))
 }
 
 async fn tenant_health(
@@ -103,6 +109,11 @@ async fn delete_tenant(
     Path(id): Path<String>,
 ) -> Answer<super::records::TenantRecord> {
     Ok(Json(control.delete(&tenant_id(&id)?, WHO).await?))
+}
+
+#[derive(Deserialize)]
+struct PlanWanted {
+    plan: Option<String>,
 }
 
 #[derive(Deserialize)]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::provision::Choice;
 use super::records::{ShardRecord, TenantRecord};
 use super::{Control, ControlError};
 use crate::config::Config;
@@ -17,14 +18,14 @@ use crate::tenant::TenantId;
 /// Who did it, in the event log.
 const WHO: &str = "command line";
 
-/// Makes a tenant, on this shard or where the ring says.
+/// Makes a tenant, on this shard and with this plan, or where ring and configuration say.
 ///
 /// # Errors
 /// The id is not one, the catalog or the shard is away, the template fails.
-pub async fn tenant_create(config: &Config, id: &str, shard: Option<&str>, json: bool) -> Result<String, ControlError> {
+pub async fn tenant_create(config: &Config, id: &str, choice: &Choice, json: bool) -> Result<String, ControlError> {
     let id = tenant_id(id)?;
     let control = Control::open(Arc::new(config.clone())).await?;
-    let record = control.create(&id, WHO, shard.map(str::to_owned)).await?;
+    let record = control.create(&id, WHO, choice.clone()).await?;
     Ok(if json { as_json(&record) } else { format!("tenant {id} is {} on shard {}\n", record.status, record.shard) })
 }
 
@@ -96,7 +97,11 @@ pub async fn tenant_delete(config: &Config, id: &str, json: bool) -> Result<Stri
     let id = tenant_id(id)?;
     let control = Control::open(Arc::new(config.clone())).await?;
     let record = control.delete(&id, WHO).await?;
-    Ok(if json { as_json(&record) } else { format!("tenant {id} is {}\n", record.status) })
+    if json {
+        return Ok(as_json(&record));
+    }
+    let kept = if record.managed { "" } else { "; its place was there before it and is still there" };
+    Ok(format!("tenant {id} is {}{kept}\n", record.status))
 }
 
 /// Lists the shards of the catalog.

@@ -10,10 +10,11 @@ use serde_json::json;
 use tokio_postgres::error::SqlState;
 
 use super::admin::{Admin, failed};
-use super::provision::{Place, known_plan, lock_tenant};
+use super::provision::{Place, known_plan, lock_tenant, run_step};
 use super::records::TenantRecord;
 use super::{Control, records};
 use crate::error::{PgError, sqlstate};
+use crate::tenant::plan::Home;
 use crate::tenant::sql::Ident;
 use crate::tenant::{Plan, Status, TenantId};
 
@@ -44,7 +45,6 @@ impl Control {
         // Every proxy hears of it; this one at once.
         self.sync().await;
         self.traffic.close_tenant(id, super::closing(id, crate::directory::catalog::Change::Gone));
-        self.storage.remove(id.as_str());
         let plan = known_plan(&record)?;
         self.drop_place(id, &record, plan).await?;
         self.bury(id, who).await?;
@@ -60,6 +60,7 @@ impl Control {
         let marked = catalog.execute(sql, &[&id.as_str()]).await.map_err(failed("mark the tenant as being deleted"))?;
         if marked == 1 {
             records::event(&*catalog, who, "tenant deletion began", Some(id), &json!({})).await?;
+            self.audit_change(who, "tenant deletion began", Some(id), &json!({})).await;
         }
         let record = TenantRecord::find(&*catalog, id).await?;
         catalog.give_back().await;
@@ -67,27 +68,56 @@ impl Control {
     }
 
     async fn drop_place(&self, id: &TenantId, record: &TenantRecord, plan: Plan) -> Result<(), PgError> {
-        let mut shard = self.shard_pool(&record.shard, &record.database)?.checkout().await?;
+        if !record.managed {
+            return Ok(());
+        }
+        let home = record.home(id);
+        let meeting = self.shard_pool(&record.shard, plan.meeting(&home))?.checkout().await?;
         // Waits for an attempt to make it that is still under way.
-        lock_tenant(&*shard, id, "pg_advisory_lock").await?;
-        let place = Place::look(&*shard, &record.role, &record.schema).await?;
+        lock_tenant(&*meeting, id, "pg_advisory_lock").await?;
+        self.remove_place(&meeting, &home, &record.shard, plan).await?;
+        meeting.give_back().await;
+        Ok(())
+    }
+
+    /// Removes a place, whole or not, under the tenant's lock, which `meeting` holds.
+    pub(super) async fn remove_place(
+        &self,
+        meeting: &Admin,
+        home: &Home,
+        shard: &str,
+        plan: Plan,
+    ) -> Result<(), PgError> {
+        let place = Place::look(&**meeting, plan, home).await?;
         if place.is_foreign() {
             return Err(PgError::fatal(
                 sqlstate::NOT_IN_PREREQUISITE_STATE,
-                format!("role or schema \"{id}\" on shard \"{}\" is not a tenant's", record.shard),
+                format!("role, schema or database \"{}\" on shard \"{shard}\" is not a tenant's", home.id),
             ));
         }
         if place.has_role() {
-            end_sessions(&shard, &record.role).await?;
+            end_sessions(meeting, &home.role).await?;
         }
-        drop_objects(&shard, record).await?;
+        let deprovision = plan.deprovision(home);
         let doing = failed("drop the tenant's place");
-        let transaction = shard.transaction().await.map_err(&doing)?;
-        for statement in plan.deprovision(id) {
-            transaction.batch_execute(&statement).await.map_err(&doing)?;
+        if plan.meeting(home) == home.database || place.has_rest() {
+            // In the tenant's database, which may be another one.
+            let mut there = self.place_client(shard, &home.database).await?;
+            if place.has_role() {
+                roll_back_prepared(&there, &home.role).await?;
+            }
+            if let Some(schema) = plan.private_schema(home) {
+                drop_objects(&there, schema, &home.role).await?;
+            }
+            let transaction = there.transaction().await.map_err(&doing)?;
+            for statement in &deprovision.inside {
+                transaction.batch_execute(statement).await.map_err(&doing)?;
+            }
+            transaction.commit().await.map_err(&doing)?;
         }
-        transaction.commit().await.map_err(&doing)?;
-        shard.give_back().await;
+        for step in &deprovision.after {
+            run_step(meeting, step).await.map_err(&doing)?;
+        }
         Ok(())
     }
 
@@ -101,16 +131,20 @@ impl Control {
             .map_err(&doing)?;
         let sql = "UPDATE pgusher.tenants SET status = 'deleted', epoch = epoch + 1, deleted_at = now() \
                    WHERE id = $1 AND status = 'deleting'";
-        if transaction.execute(sql, &[&id.as_str()]).await.map_err(&doing)? == 1 {
+        let buried = transaction.execute(sql, &[&id.as_str()]).await.map_err(&doing)? == 1;
+        if buried {
             records::event(&transaction, who, "tenant deleted", Some(id), &json!({})).await?;
         }
         transaction.commit().await.map_err(&doing)?;
+        if buried {
+            self.audit_change(who, "tenant deleted", Some(id), &json!({})).await;
+        }
         catalog.give_back().await;
         Ok(())
     }
 }
 
-/// Lets nobody in any more as this role, and ends who is in. Prepared transactions hold locks without a session.
+/// Lets nobody in any more as this role, and ends who is in.
 async fn end_sessions(shard: &Admin, role: &str) -> Result<(), PgError> {
     let doing = failed("end the tenant's sessions");
     shard.batch_execute(&format!("ALTER ROLE {} NOLOGIN", Ident(role))).await.map_err(&doing)?;
@@ -129,6 +163,12 @@ async fn end_sessions(shard: &Admin, role: &str) -> Result<(), PgError> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    Ok(())
+}
+
+/// Prepared transactions hold locks without a session, and keep a database from being dropped.
+async fn roll_back_prepared(shard: &Admin, role: &str) -> Result<(), PgError> {
+    let doing = failed("roll back the tenant's prepared transactions");
     let sql = "SELECT pg_catalog.format('ROLLBACK PREPARED %L', gid) FROM pg_prepared_xacts \
                WHERE owner = $1 AND database = current_database()";
     for row in shard.query(sql, &[&role]).await.map_err(&doing)? {
@@ -161,16 +201,13 @@ const NEXT_LARGE_OBJECTS: &str = "\
     SELECT pg_catalog.format('SELECT pg_catalog.lo_unlink(%s)', m.oid) FROM pg_largeobject_metadata m \
     WHERE pg_catalog.pg_get_userbyid(m.lomowner) = $1 ORDER BY m.oid LIMIT $2";
 
-async fn drop_objects(shard: &Admin, record: &TenantRecord) -> Result<(), PgError> {
-    for (next, name) in [
-        (NEXT_RELATIONS, &record.schema),
-        (NEXT_ROUTINES, &record.schema),
-        (NEXT_TYPES, &record.schema),
-        (NEXT_LARGE_OBJECTS, &record.role),
-    ] {
+async fn drop_objects(shard: &Admin, schema: &str, role: &str) -> Result<(), PgError> {
+    for (next, name) in
+        [(NEXT_RELATIONS, schema), (NEXT_ROUTINES, schema), (NEXT_TYPES, schema), (NEXT_LARGE_OBJECTS, role)]
+    {
         let mut batch = BATCH;
         loop {
-            let rows = shard.query(next, &[name, &batch]).await.map_err(failed("list the tenant's objects"))?;
+            let rows = shard.query(next, &[&name, &batch]).await.map_err(failed("list the tenant's objects"))?;
             if rows.is_empty() {
                 break;
             }

@@ -9,9 +9,11 @@ pub(crate) mod admin;
 pub mod api;
 pub mod cli;
 mod delete;
+mod journal;
 pub mod provision;
 pub mod records;
 pub mod shards;
+mod snapshots;
 mod template;
 pub mod tenants;
 
@@ -27,12 +29,14 @@ use self::admin::{Admin, AdminPool};
 use self::provision::{Flights, Wanted};
 use self::records::{ShardRecord, TenantRecord};
 use self::shards::{ShardHealth, admin_endpoint};
+use crate::audit::Audit;
 use crate::config::{Config, Secret};
 use crate::directory::catalog::{self, CatalogError, Change, OnChange, Reader};
 use crate::directory::connector::{Connector, Endpoint};
-use crate::directory::follow::{self, Follower};
+use crate::directory::follow::{self, Follower, Link};
 use crate::directory::{AppUser, Directory, ProvisionRequest, Shard, Tenant};
 use crate::error::{PgError, sqlstate};
+use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::tenant::credential::Verifier;
 use crate::tenant::{Status, TenantId};
@@ -48,6 +52,8 @@ const JANITOR_INTERVAL: Duration = Duration::from_secs(30);
 const SYNC_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a catalog that is not there yet is waited for at start.
 const START_PATIENCE: Duration = Duration::from_secs(30);
+/// The same where there is a snapshot to start from.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The data plane, as far as the control plane needs it.
 pub trait Traffic: Send + Sync {
@@ -105,17 +111,18 @@ pub struct Control {
     traffic: Arc<dyn Traffic>,
     connector: Connector,
     catalog: AdminPool,
+    audit: Option<Arc<Audit>>,
     /// `None` in a program that ends after one command: then the directory holds shards only.
     follower: Option<follow::Handle>,
     flights: Flights,
     /// Administrators' connections, by shard and database.
     pools: DashMap<(String, String), Arc<AdminPool>>,
+    passwords: Passwords,
     /// Databases known to be set up.
     prepared: DashMap<String, ()>,
     health: DashMap<String, ShardHealth>,
     probes: DashMap<String, tokio_postgres::Client>,
-    storage: DashMap<TenantId, u64>,
-    /// The largest of them, found when they were measured, so that a scrape need not look at all.
+    /// The tenants with most storage, found when they were measured, so that a scrape need not look at all.
     largest: arc_swap::ArcSwap<Vec<(TenantId, u64)>>,
     /// Bytes of each shard's database.
     sizes: DashMap<String, i64>,
@@ -125,10 +132,11 @@ pub struct Control {
 
 impl Control {
     /// Migrates the catalog, registers the config's shards and users, loads the directory and starts the long-lived
-    /// tasks. When it returns, every tenant of the catalog is in the directory.
+    /// tasks. When it returns, every tenant of the catalog is in the directory; or, if the catalog is away, every tenant
+    /// of the snapshot.
     ///
     /// # Errors
-    /// The catalog cannot be reached within half a minute, or not be migrated.
+    /// The catalog cannot be reached within half a minute and there is no snapshot, or it cannot be migrated.
     pub async fn start(
         config: Arc<Config>,
         directory: Arc<Directory>,
@@ -138,23 +146,48 @@ impl Control {
     ) -> Result<Arc<Self>, ControlError> {
         let connector = connector(&config)?;
         let at = catalog_endpoint(&config)?;
-        migrate_patiently(&connector, &at).await?;
         put_config_users(&config, &directory).await;
-        let reader = Reader::new(directory.clone(), close_on_change(&traffic), config.pool.max_db_connections);
+        let mut reader = Reader::new(directory.clone(), close_on_change(&traffic), config.pool.max_db_connections);
+        let snapshot = snapshots::file(&config, &at);
+        let restored = snapshots::restore(snapshot.as_ref(), &mut reader, &config).await;
+        let position = reader.position();
         let quick = Connector { connect_timeout: connector.connect_timeout.min(SYNC_TIMEOUT), ..connector.clone() };
         let (mut follower, handle) = Follower::new(quick, at, reader);
+        let link =
+            if restored { load_or_go_on(&mut follower).await? } else { Some(load_patiently(&mut follower).await?) };
+        let away = link.is_none();
         let control = Arc::new(Self::new(connector, config, directory, traffic, Some(handle), shutdown.clone())?);
-        let link = follower.load().await?;
-        control.register_config_shards(&control.config).await?;
+        if !away {
+            control.register_config_shards(&control.config).await?;
+        }
         control.tasks.spawn(follower.run(link, shutdown));
-        control.sync().await;
-        tracing::info!(
-            tenants = control.directory.len(),
-            shards = control.directory.shards().len(),
-            "loaded the catalog"
-        );
+        if away {
+            control.clone().register_later();
+        } else {
+            control.sync().await;
+        }
+        let (tenants, shards) = (control.directory.len(), control.directory.shards().len());
+        tracing::info!(tenants, shards, "loaded the {}", if away { "snapshot" } else { "catalog" });
         control.spawn_tasks(provision);
+        if let Some(file) = snapshot {
+            control.tasks.spawn(snapshots::keep(file, control.directory.clone(), position, control.shutdown.clone()));
+        }
         Ok(control)
+    }
+
+    /// Registers the config's shards as soon as the catalog is there.
+    fn register_later(self: Arc<Self>) {
+        let control = self.clone();
+        self.spawn(async move {
+            while let Some(follower) = &control.follower {
+                follower.connected().await;
+                match control.register_config_shards(&control.config).await {
+                    Ok(()) => return,
+                    Err(error) => tracing::warn!(%error, "cannot register the configuration's shards"),
+                }
+                tokio::time::sleep(PROBE_INTERVAL).await;
+            }
+        });
     }
 
     /// Connects for one command: no long-lived tasks, no tenants in the directory.
@@ -185,19 +218,21 @@ impl Control {
     ) -> Result<Self, ControlError> {
         let at = catalog_endpoint(&config)?;
         let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
+        let audit = journal::audit_of(&config);
         Ok(Self {
+            passwords: Passwords::new(&config),
             config,
             directory,
             traffic,
             connector,
             catalog,
+            audit,
             follower,
             flights: Flights::default(),
             pools: DashMap::new(),
             prepared: DashMap::new(),
             health: DashMap::new(),
             probes: DashMap::new(),
-            storage: DashMap::new(),
             largest: arc_swap::ArcSwap::default(),
             sizes: DashMap::new(),
             tasks: TaskTracker::new(),
@@ -217,7 +252,7 @@ impl Control {
 
     /// Bytes that a tenant uses, as last measured.
     pub fn storage_of(&self, id: &str) -> Option<u64> {
-        self.storage.get(id).map(|bytes| *bytes)
+        self.directory.storage(id)
     }
 
     /// The tenants that use most, as last measured; at most `metrics_top_tenants`.
@@ -335,7 +370,11 @@ impl Control {
         self.catalog.sweep();
         self.pools.iter().for_each(|pool| pool.sweep());
         for shard in self.directory.shards() {
-            if let Err(error) = self.ensure_setup(&shard.name, &shard.database).await {
+            let plan = self.config.provision.plan;
+            if shard.dedicated_to.is_some() || plan.wants_own_shard() {
+                continue;
+            }
+            if let Err(error) = self.ensure_setup(&shard, plan).await {
                 tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
             }
         }
@@ -382,6 +421,8 @@ fn known_shard(record: &ShardRecord, max_db_connections: usize) -> Shard {
         host: record.host.clone(),
         port: record.port,
         database: record.database.clone(),
+        rls_database: record.rls_database.clone(),
+        dedicated_to: record.dedicated_to.as_deref().and_then(|id| TenantId::parse(id).ok()),
         weight: record.weight,
         region: record.region.clone(),
         max_db_connections: record.max_db_connections.unwrap_or(max_db_connections),
@@ -411,22 +452,29 @@ fn catalog_endpoint(config: &Config) -> Result<Endpoint, ControlError> {
     Ok(admin_endpoint(config, &first.name, &first.host, first.port, &catalog.database))
 }
 
-/// Migrates; waits for a server that is only just starting (everything is started at once by compose and the like).
-async fn migrate_patiently(connector: &Connector, at: &Endpoint) -> Result<(), ControlError> {
+/// Loads; waits for a server that is only just starting (everything is started at once by compose and the like).
+async fn load_patiently(follower: &mut Follower) -> Result<Link, CatalogError> {
     let until = tokio::time::Instant::now() + START_PATIENCE;
     loop {
-        match catalog::migrate(connector, at).await {
-            // A server that refuses us says so with a code; 57P03 is "starting up".
-            Err(CatalogError::Connect(_, error))
-                if error.code().is_none_or(|code| code == sqlstate::CANNOT_CONNECT_NOW)
-                    && tokio::time::Instant::now() < until =>
-            {
+        match follower.load().await {
+            Err(error) if error.is_away() && tokio::time::Instant::now() < until => {
                 tracing::warn!(%error, "waiting for the catalog");
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
-            done => return Ok(done?),
+            done => return done,
         }
     }
+}
+
+/// Loads what has changed since the snapshot; `None` if the catalog does not answer soon.
+async fn load_or_go_on(follower: &mut Follower) -> Result<Option<Link>, CatalogError> {
+    match tokio::time::timeout(SNAPSHOT_PATIENCE, load_patiently(follower)).await {
+        Ok(Ok(link)) => return Ok(Some(link)),
+        Ok(Err(error)) if !error.is_away() => return Err(error),
+        Ok(Err(_)) | Err(_) => {}
+    }
+    tracing::warn!("the catalog does not answer: serving the tenants of the snapshot until it does");
+    Ok(None)
 }
 
 /// Users of the config file live in memory only; a plain password becomes a verifier here.

@@ -1,7 +1,8 @@
 //! Making a tenant: row `creating` in the catalog, one transaction on the shard, row `active`.
 //!
 //! Invariants:
-//! - A tenant's place exists whole or not at all: role, schema and template are one transaction.
+//! - A tenant's place is whole or is not used: the last thing that the transaction with the template in it does is to
+//!   say so. What cannot be in that transaction (a database) comes before it, and goes again if it fails.
 //! - A tenant is visible (`active`) only after that transaction has committed.
 //! - Whoever is killed halfway leaves a row `creating` and at most a whole place; the next attempt, of any proxy,
 //!   takes over. Attempts for one tenant follow one another by an advisory lock on its shard, and each writes its own
@@ -18,10 +19,12 @@ use tokio_postgres::Transaction;
 
 use super::admin::{Admin, failed, refused};
 use super::records::TenantRecord;
+use super::shards::server_version;
 use super::{Control, records, template};
+use crate::directory::Shard;
 use crate::error::{PgError, sqlstate};
 use crate::tenant::credential::{self, Verifier};
-use crate::tenant::plan::{GROUP, Limits, OWNER};
+use crate::tenant::plan::{Home, Limits, OWNER, Step, TemplateUse};
 use crate::tenant::sql::Ident;
 use crate::tenant::{Plan, Status, TenantId};
 
@@ -30,8 +33,17 @@ use crate::tenant::{Plan, Status, TenantId};
 pub enum Wanted {
     /// A client connected: a deleted tenant does not come back this way.
     ByConnecting,
-    /// The operator asked, on this shard or where the ring says. Makes a deleted tenant anew, empty.
-    ByOperator(Option<String>),
+    /// The operator asked. Makes a deleted tenant anew, empty.
+    ByOperator(Choice),
+}
+
+/// What the operator chose; ring and configuration choose the rest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Choice {
+    /// The shard.
+    pub shard: Option<String>,
+    /// The plan.
+    pub plan: Option<Plan>,
 }
 
 type Outcome = Option<Result<(), PgError>>;
@@ -179,27 +191,66 @@ impl Control {
         Ok(claim)
     }
 
+    /// Which plan and which shard a new tenant gets.
+    fn choose(&self, id: &TenantId, wanted: &Wanted) -> Result<(Plan, Arc<Shard>), PgError> {
+        let none = Choice::default();
+        let choice = match wanted {
+            Wanted::ByOperator(choice) => choice,
+            Wanted::ByConnecting => &none,
+        };
+        let not_now = |message: String| PgError::fatal(sqlstate::NOT_IN_PREREQUISITE_STATE, message);
+        let own = self.directory.own_shard(id);
+        // A shard that waits for this tenant says more than the plan of all others.
+        let own_plan = Plan::ALL.into_iter().find(|plan| plan.wants_own_shard()).filter(|_| own.is_some());
+        let plan = choice.plan.or(own_plan).unwrap_or(self.config.provision.plan);
+        let named =
+            match &choice.shard {
+                Some(name) => Some(self.directory.shard(name).ok_or_else(|| {
+                    PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{name}\""))
+                })?),
+                None => None,
+            };
+        let shard = if plan.wants_own_shard() {
+            let own = own.ok_or_else(|| {
+                not_now(format!("no shard is dedicated to tenant \"{id}\"")).hint(format!(
+                    "Give a shard dedicated_to = \"{id}\", or add one: pgusher shard add … --dedicated {id}"
+                ))
+            })?;
+            named.unwrap_or(own)
+        } else {
+            named.or_else(|| self.directory.place(id)).ok_or_else(|| {
+                not_now("no shard takes new tenants".to_owned())
+                    .hint("Add a shard, or give one a weight greater than 0.")
+            })?
+        };
+        let fits = shard.dedicated_to.as_ref() == Some(id) && plan.wants_own_shard()
+            || shard.dedicated_to.is_none() && !plan.wants_own_shard();
+        if !fits {
+            let whose = shard.dedicated_to.as_ref().map_or("all tenants".to_owned(), |id| format!("tenant \"{id}\""));
+            let plan = plan.as_str();
+            return Err(not_now(format!("shard \"{}\" is for {whose}: not for \"{id}\" with plan {plan}", shard.name)));
+        }
+        Ok((plan, shard))
+    }
+
     /// Places the tenant and writes its row; a deleted one's row is written over.
     async fn insert_row(&self, catalog: &Admin, id: &TenantId, wanted: &Wanted) -> Result<Claim, PgError> {
-        let shard = match wanted {
-            Wanted::ByOperator(Some(name)) => self
-                .directory
-                .shard(name)
-                .ok_or_else(|| PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{name}\"")))?,
-            _ => self.directory.place(id).ok_or_else(|| {
-                PgError::fatal(sqlstate::NOT_IN_PREREQUISITE_STATE, "no shard takes new tenants")
-                    .hint("Add a shard, or give one a weight greater than 0.")
-            })?,
-        };
-        let plan = self.config.provision.plan;
-        let (schema, role) = (plan.schema(id), plan.role(id));
-        let sql = "INSERT INTO pgusher.tenants AS t (id, plan, shard, database, schema, role, status) \
-                   VALUES ($1, $2, $3, $4, $5, $6, 'creating') ON CONFLICT (id) DO UPDATE SET plan = EXCLUDED.plan, \
-                   shard = EXCLUDED.shard, database = EXCLUDED.database, schema = EXCLUDED.schema, \
-                   role = EXCLUDED.role, status = 'creating', epoch = t.epoch + 1, attempt = NULL \
-                   WHERE t.status = 'deleted'";
+        let (plan, shard) = self.choose(id, wanted)?;
+        let mut home = plan.home(id, shard.databases());
+        let known = self.config.shards.iter().find(|known| known.name == shard.name && plan.wants_own_shard());
+        let given = known.and_then(|known| known.tenant_role.clone());
+        let managed = given.is_none();
+        if let Some(role) = given {
+            home.role = role;
+        }
+        let sql = "INSERT INTO pgusher.tenants AS t (id, plan, shard, database, schema, role, managed, status) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'creating') ON CONFLICT (id) DO UPDATE SET \
+                   plan = EXCLUDED.plan, shard = EXCLUDED.shard, database = EXCLUDED.database, \
+                   schema = EXCLUDED.schema, role = EXCLUDED.role, managed = EXCLUDED.managed, status = 'creating', \
+                   epoch = t.epoch + 1, attempt = NULL WHERE t.status = 'deleted'";
+        let Home { database, schema, role, .. } = &home;
         catalog
-            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard.name, &shard.database, &schema, &role])
+            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard.name, database, schema, role, &managed])
             .await
             .map_err(failed("write the tenant into the catalog"))?;
         Ok(Claim::LookAgain)
@@ -208,30 +259,113 @@ impl Control {
     /// Makes the place and activates the tenant; `false` if the row turned out to be somebody else's by now.
     async fn build(&self, id: &TenantId, record: &TenantRecord, attempt: i64, who: &str) -> Result<bool, BuildError> {
         let plan = known_plan(record)?;
-        let template = self.load_template().await?;
+        let home = record.home(id);
         let (server, client) = self.verifiers(id, &record.role).await?;
-        self.ensure_setup(&record.shard, &record.database).await?;
-
-        let mut shard = self.shard_pool(&record.shard, &record.database)?.checkout().await?;
-        let doing = failed("make the tenant's place");
-        let transaction = shard.transaction().await.map_err(&doing)?;
-        lock_tenant(&transaction, id, "pg_advisory_xact_lock").await?;
-        if !self.take_over(id, record, attempt).await? {
+        let known = self.directory.shard(&record.shard).ok_or_else(|| {
+            PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{}\"", record.shard))
+        })?;
+        if record.managed {
+            self.ensure_setup(&known, plan).await?;
+            let meeting = self.shard_pool(&record.shard, plan.meeting(&home))?.checkout().await?;
+            lock_tenant(&*meeting, id, "pg_advisory_lock").await?;
+            if !self.take_over(id, record, attempt).await? {
+                return Ok(false);
+            }
+            let meeting = self.make_place(meeting, &home, record, plan, &server).await?;
+            // Gives the lock back.
+            meeting.give_back().await;
+        } else if !self.take_over(id, record, attempt).await? {
             return Ok(false);
         }
-        let place = Place::look(&transaction, &record.role, &record.schema).await?;
-        let fill = place.wants_template(id, &record.shard)?;
-        let left = |error| if fill { BuildError::from(error) } else { BuildError::perhaps(error) };
-        let limits = Limits { connections: self.config.provision.role_connection_limit };
-        for statement in plan.provision(id, &server.to_text(), limits) {
-            transaction.batch_execute(&statement).await.map_err(&doing).map_err(left)?;
-        }
-        if fill {
-            run_template(&transaction, id, plan, &template).await?;
-        }
-        transaction.commit().await.map_err(&doing).map_err(BuildError::perhaps)?;
-        shard.give_back().await;
         self.activate(id, &client, who).await.map_err(BuildError::perhaps)
+    }
+
+    /// Makes the place unless it is whole, under the tenant's lock, which `meeting` holds.
+    async fn make_place(
+        &self,
+        mut meeting: Admin,
+        home: &Home,
+        record: &TenantRecord,
+        plan: Plan,
+        verifier: &Verifier,
+    ) -> Result<Admin, BuildError> {
+        let doing = failed("make the tenant's place");
+        let place = Place::look(&*meeting, plan, home).await?;
+        let fill = place.wants_template(&home.id, &record.shard)?;
+        let template =
+            if fill && plan.template() == TemplateUse::EachTenant { self.load_template().await? } else { Vec::new() };
+        let mark = self.mark(&server_version(&meeting).await?);
+        let limits = Limits { connections: self.config.provision.role_connection_limit };
+        let provision = plan.provision(home, &verifier.to_text(), limits, &mark);
+        let work = async {
+            for step in &provision.before {
+                run_step(&meeting, step).await.map_err(&doing)?;
+            }
+            let elsewhere = plan.meeting(home) != home.database;
+            let mut other = match elsewhere {
+                true => Some(self.place_client(&record.shard, &home.database).await?),
+                false => None,
+            };
+            let client = other.as_mut().unwrap_or(&mut meeting);
+            let transaction = client.transaction().await.map_err(&doing)?;
+            // Also here, where an attempt whose connection above was lost may still be at work.
+            lock_tenant(&transaction, &home.id, "pg_advisory_xact_lock").await?;
+            for statement in &provision.inside {
+                transaction.batch_execute(statement).await.map_err(&doing)?;
+            }
+            if fill {
+                let path = plan.template_path(&home.schema);
+                run_template(&transaction, &home.role, &path, &template).await?;
+            }
+            for statement in &provision.seal {
+                transaction.batch_execute(statement).await.map_err(&doing)?;
+            }
+            Ok::<_, PgError>(transaction.commit().await)
+        };
+        match work.await {
+            Ok(Ok(())) => Ok(meeting),
+            // Whether it was committed cannot be told.
+            Ok(Err(error)) => Err(BuildError::perhaps(doing(error))),
+            Err(error) if !fill => Err(BuildError::perhaps(error)),
+            Err(error) if provision.before.is_empty() => Err(error.into()),
+            // What was made outside the transaction goes, too.
+            Err(error) => match self.remove_place(&meeting, home, &record.shard, plan).await {
+                Ok(()) => Err(error.into()),
+                Err(left) => {
+                    tracing::warn!(tenant = %home.id, error = %left, "a place that is not whole stays for the next attempt");
+                    Err(BuildError::perhaps(error))
+                }
+            },
+        }
+    }
+
+    /// A connection as administrator of its own, besides the one that holds a lock: whoever waited here for one of the
+    /// pool's could wait for others that do the same. It is not kept, since it would be in the way of a database's end.
+    pub(super) async fn place_client(&self, shard: &str, database: &str) -> Result<Admin, PgError> {
+        self.single(shard, database)?.checkout().await
+    }
+
+    /// Fills a database that tenants share from the template, once, as the owner of its tables.
+    pub(super) async fn fill_shared(&self, shard: &str, database: &str, plan: Plan) -> Result<(), PgError> {
+        const FILLED: &str = "pgusher template";
+        let template = self.load_template().await?;
+        let mut client = self.shard_pool(shard, database)?.checkout().await?;
+        let doing = failed("fill the shared database");
+        let transaction = client.transaction().await.map_err(&doing)?;
+        transaction
+            .execute("SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 0))", &[&FILLED])
+            .await
+            .map_err(&doing)?;
+        let sql = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'public'";
+        let comment: Option<String> = transaction.query_one(sql, &[]).await.map_err(&doing)?.get(0);
+        if comment.as_deref() != Some(FILLED) {
+            run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
+            let sql = format!("COMMENT ON SCHEMA public IS '{FILLED}'");
+            transaction.batch_execute(&sql).await.map_err(&doing)?;
+        }
+        transaction.commit().await.map_err(&doing)?;
+        client.give_back().await;
+        Ok(())
     }
 
     async fn load_template(&self) -> Result<Vec<template::File>, PgError> {
@@ -282,8 +416,10 @@ impl Control {
                    ON CONFLICT (name) DO UPDATE SET verifier = EXCLUDED.verifier WHERE c.kind = 'tenant'";
         transaction.execute(sql, &[&id.as_str(), &verifier.to_text()]).await.map_err(&doing)?;
         let shard: String = row.get(0);
-        records::event(&transaction, who, "tenant created", Some(id), &json!({ "shard": shard })).await?;
+        let detail = json!({ "shard": shard });
+        records::event(&transaction, who, "tenant created", Some(id), &detail).await?;
         transaction.commit().await.map_err(&doing)?;
+        self.audit_change(who, "tenant created", Some(id), &detail).await;
         catalog.give_back().await;
         tracing::info!(tenant = %id, shard, who, "made the tenant");
         Ok(true)
@@ -304,6 +440,7 @@ impl Control {
             if restored + removed > 0 {
                 let detail = json!({ "code": error.code, "message": error.message });
                 records::event(&*catalog, who, "tenant creation failed", Some(id), &detail).await?;
+                self.audit_change(who, "tenant creation failed", Some(id), &detail).await;
             }
             catalog.give_back().await;
             Ok::<(), PgError>(())
@@ -339,7 +476,10 @@ pub(super) async fn lock_tenant(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     role: Found,
-    schema: Found,
+    /// The schema or the database.
+    rest: Found,
+    /// Whether the template has been run.
+    whole: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -351,26 +491,33 @@ enum Found {
     Foreign,
 }
 
+/// Runs a step of a plan.
+pub(super) async fn run_step(client: &tokio_postgres::Client, step: &Step) -> Result<(), tokio_postgres::Error> {
+    match step {
+        Step::Run(sql) => client.batch_execute(sql).await,
+        Step::Each(query) => {
+            for row in client.query(query, &[]).await? {
+                client.batch_execute(row.get(0)).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
 impl Place {
+    /// Looks, in the plan's meeting database.
     pub(super) async fn look(
         client: &impl tokio_postgres::GenericClient,
-        role: &str,
-        schema: &str,
+        plan: Plan,
+        home: &Home,
     ) -> Result<Self, PgError> {
-        let sql = "SELECT (SELECT NOT (r.rolsuper OR r.rolcreaterole OR r.rolreplication OR r.rolbypassrls) \
-                     AND EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid \
-                                 WHERE m.member = r.oid AND g.rolname = $3) FROM pg_roles r WHERE r.rolname = $1), \
-                   (SELECT pg_get_userbyid(n.nspowner) = $4 FROM pg_namespace n WHERE n.nspname = $2)";
-        let row = client
-            .query_one(sql, &[&role, &schema, &GROUP, &OWNER])
-            .await
-            .map_err(failed("look at the tenant's place"))?;
+        let row = client.query_one(&plan.look(home), &[]).await.map_err(failed("look at the tenant's place"))?;
         let found = |ours: Option<bool>| match ours {
             None => Found::Nothing,
             Some(true) => Found::Ours,
             Some(false) => Found::Foreign,
         };
-        Ok(Self { role: found(row.get(0)), schema: found(row.get(1)) })
+        Ok(Self { role: found(row.get(0)), rest: found(row.get(1)), whole: row.get(2) })
     }
 
     /// Whether the template is to be run, or an error if the names are taken.
@@ -382,20 +529,25 @@ impl Place {
             )
             .hint("Choose another id for the tenant, or remove it from the shard.")
         };
-        match (self.role, self.schema) {
+        match (self.role, self.rest) {
             (Found::Foreign, _) => Err(taken("role")),
-            (_, Found::Foreign) => Err(taken("schema")),
-            // An attempt got that far and could not say so: its transaction was whole, so is the place.
-            (Found::Ours, Found::Ours) => Ok(false),
+            (_, Found::Foreign) => Err(taken("schema or database")),
+            // An attempt got that far and could not say so.
+            (Found::Ours, Found::Ours) => Ok(!self.whole),
             // A schema alone may hold what a tenant of this name left behind; it is not given to a new one.
-            (Found::Nothing, Found::Ours) => Err(taken("schema")),
+            (Found::Nothing, Found::Ours) => Err(taken("schema or database")),
             (Found::Ours | Found::Nothing, Found::Nothing) => Ok(true),
         }
     }
 
-    /// Whether somebody else owns the role or the schema.
+    /// Whether somebody else owns the role or the rest.
     pub(super) fn is_foreign(self) -> bool {
-        self.role == Found::Foreign || self.schema == Found::Foreign
+        self.role == Found::Foreign || self.rest == Found::Foreign
+    }
+
+    /// Whether the tenant's schema or database is there.
+    pub(super) fn has_rest(self) -> bool {
+        self.rest == Found::Ours
     }
 
     /// Whether the tenant's role is there.
@@ -406,24 +558,22 @@ impl Place {
 
 /// Runs the template as the tenant, within the transaction that makes its place.
 ///
-/// The session belongs to the administrator and only takes the tenant's authorization, which code of a tenant could
-/// undo. That is acceptable here and nowhere else: the schema is brand new and invisible to others, so nothing that a
+/// The session belongs to the administrator and only takes the role's authorization, which code of a tenant could
+/// undo. That is acceptable here and nowhere else: the place is brand new and invisible to others, so nothing that a
 /// tenant wrote can run; the files are the operator's own. A login of the tenant's could not see the transaction.
 async fn run_template(
     transaction: &Transaction<'_>,
-    id: &TenantId,
-    plan: Plan,
+    role: &str,
+    path: &str,
     files: &[template::File],
 ) -> Result<(), PgError> {
     let doing = failed("run the template");
+    // Nothing may have been written yet: then this is what gives the transaction its number.
+    transaction.execute("SELECT pg_catalog.pg_current_xact_id()", &[]).await.map_err(&doing)?;
     let started = transaction_id(transaction).await?;
     for file in files {
         // For each file anew: the one before may have set what it liked (pg_dump's empties the search_path).
-        let enter = format!(
-            "SET LOCAL SESSION AUTHORIZATION {}; SET LOCAL search_path = {}",
-            Ident(&plan.role(id)),
-            plan.search_path(id)
-        );
+        let enter = format!("SET LOCAL SESSION AUTHORIZATION {}; SET LOCAL search_path = {path}", Ident(role));
         transaction.batch_execute(&enter).await.map_err(&doing)?;
         let mut done = 0;
         let run = async {
@@ -471,7 +621,7 @@ mod tests {
     fn names_that_are_taken_are_never_taken_over() {
         use Found::{Foreign, Nothing, Ours};
         let id = TenantId::parse("t").unwrap();
-        for (role, schema, expected) in [
+        for (role, rest, expected) in [
             (Nothing, Nothing, Some(true)),
             (Ours, Nothing, Some(true)),
             (Ours, Ours, Some(false)),
@@ -480,7 +630,10 @@ mod tests {
             (Foreign, Ours, None),
             (Ours, Foreign, None),
         ] {
-            assert_eq!(Place { role, schema }.wants_template(&id, "s").ok(), expected, "{role:?} {schema:?}");
+            let place = Place { role, rest, whole: true };
+            assert_eq!(place.wants_template(&id, "s").ok(), expected, "{role:?} {rest:?}");
+            let half = Place { role, rest, whole: false };
+            assert_eq!(half.wants_template(&id, "s").ok(), expected.map(|_| true), "{role:?} {rest:?}");
         }
     }
 }

@@ -6,6 +6,7 @@ use tokio_postgres::{GenericClient, Row};
 
 use super::admin::failed;
 use crate::error::PgError;
+use crate::tenant::plan::Home;
 use crate::tenant::{Plan, Status, TenantId};
 
 /// A tenant's row.
@@ -27,6 +28,8 @@ pub struct TenantRecord {
     pub status: String,
     /// Grows with each change of home or status.
     pub epoch: i64,
+    /// Whether pgusher made its place; what it did not make it does not drop.
+    pub managed: bool,
     /// When it was made, ISO 8601.
     pub created_at: String,
     /// When its row changed last.
@@ -53,6 +56,10 @@ pub struct ShardRecord {
     pub region: String,
     /// Most server connections of a proxy to it; the proxy's default if absent.
     pub max_db_connections: Option<usize>,
+    /// Database of new tenants of plan `rls`.
+    pub rls_database: String,
+    /// The tenant that has it to itself.
+    pub dedicated_to: Option<String>,
     /// Tenants on it.
     pub tenants: i64,
 }
@@ -60,7 +67,7 @@ pub struct ShardRecord {
 const COLUMNS: &str = "id, plan, shard, database, schema, role, status, epoch, \
     to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
     to_char(changed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-    to_char(deleted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')";
+    to_char(deleted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), managed";
 
 impl TenantRecord {
     fn read(row: &Row) -> Self {
@@ -76,12 +83,18 @@ impl TenantRecord {
             created_at: row.get(8),
             changed_at: row.get(9),
             deleted_at: row.get(10),
+            managed: row.get(11),
         }
     }
 
     /// Its status; a word from a newer pgusher is `None`.
     pub fn status(&self) -> Option<Status> {
         Status::parse(&self.status)
+    }
+
+    /// Its place.
+    pub(crate) fn home(&self, id: &TenantId) -> Home {
+        Home { id: id.clone(), database: self.database.clone(), schema: self.schema.clone(), role: self.role.clone() }
     }
 
     /// Its plan.
@@ -125,6 +138,7 @@ impl ShardRecord {
     /// All shards, by name.
     pub(crate) async fn list(client: &impl GenericClient) -> Result<Vec<Self>, PgError> {
         let sql = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections, \
+                   s.rls_database, s.dedicated_to, \
                    (SELECT count(*) FROM pgusher.tenants t WHERE t.shard = s.name AND t.status <> 'deleted') \
                    FROM pgusher.shards s ORDER BY s.name";
         let rows = client.query(sql, &[]).await.map_err(failed("read the catalog"))?;
@@ -138,26 +152,40 @@ impl ShardRecord {
                 weight: u32::try_from(row.get::<_, i32>(4)).unwrap_or_default(),
                 region: row.get(5),
                 max_db_connections: row.get::<_, Option<i32>>(6).and_then(|n| usize::try_from(n).ok()),
-                tenants: row.get(7),
+                rls_database: row.get(7),
+                dedicated_to: row.get(8),
+                tenants: row.get(9),
             })
             .collect())
     }
 
     /// Writes the shard; whether that changed anything.
     pub(crate) async fn put(&self, client: &impl GenericClient) -> Result<bool, PgError> {
-        let sql = "INSERT INTO pgusher.shards AS s (name, host, port, database, weight, region, max_db_connections) \
-                   VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO UPDATE SET host = EXCLUDED.host, \
+        let sql = "INSERT INTO pgusher.shards AS s (name, host, port, database, weight, region, max_db_connections, \
+                   rls_database, dedicated_to) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (name) DO UPDATE SET host = EXCLUDED.host, \
                    port = EXCLUDED.port, database = EXCLUDED.database, weight = EXCLUDED.weight, \
-                   region = EXCLUDED.region, max_db_connections = EXCLUDED.max_db_connections \
-                   WHERE (s.host, s.port, s.database, s.weight, s.region, s.max_db_connections) IS DISTINCT FROM \
-                   (EXCLUDED.host, EXCLUDED.port, EXCLUDED.database, EXCLUDED.weight, EXCLUDED.region, \
-                   EXCLUDED.max_db_connections)";
+                   region = EXCLUDED.region, max_db_connections = EXCLUDED.max_db_connections, \
+                   rls_database = EXCLUDED.rls_database, dedicated_to = EXCLUDED.dedicated_to \
+                   WHERE (s.host, s.port, s.database, s.weight, s.region, s.max_db_connections, s.rls_database, \
+                   s.dedicated_to) IS DISTINCT FROM (EXCLUDED.host, EXCLUDED.port, EXCLUDED.database, \
+                   EXCLUDED.weight, EXCLUDED.region, EXCLUDED.max_db_connections, EXCLUDED.rls_database, \
+                   EXCLUDED.dedicated_to)";
         let weight = i32::try_from(self.weight).unwrap_or(i32::MAX);
         let most = self.max_db_connections.map(|n| i32::try_from(n).unwrap_or(i32::MAX));
         let changed = client
             .execute(
                 sql,
-                &[&self.name, &self.host, &i32::from(self.port), &self.database, &weight, &self.region, &most],
+                &[
+                    &self.name,
+                    &self.host,
+                    &i32::from(self.port),
+                    &self.database,
+                    &weight,
+                    &self.region,
+                    &most,
+                    &self.rls_database,
+                    &self.dedicated_to,
+                ],
             )
             .await
             .map_err(failed("write the shard into the catalog"))?;

@@ -1,6 +1,5 @@
 //! Shards: registering, setting up, probing, measuring.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,14 +9,14 @@ use tokio::time::Instant;
 use super::Control;
 use super::admin::{AdminPool, failed};
 use super::records::{self, ShardRecord};
-use crate::config::Config;
+use crate::config::{Config, ShardConfig};
 use crate::directory::catalog::create_database;
 use crate::directory::connector::Endpoint;
 use crate::directory::{Shard, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::tenant::plan::{OWNER, SETUP_VERSION};
+use crate::tenant::plan::{SETUP_VERSION, Setup, TemplateUse};
 use crate::tenant::sql::Literal;
-use crate::tenant::{TenantId, credential};
+use crate::tenant::{Plan, TenantId};
 
 /// Tenants made at the same time on one shard by one proxy.
 const ADMIN_CONNECTIONS: usize = 4;
@@ -87,19 +86,11 @@ impl Control {
     pub(super) async fn register_config_shards(&self, config: &Config) -> Result<(), PgError> {
         let catalog = self.catalog().await?;
         for shard in &config.shards {
-            let record = ShardRecord {
-                name: shard.name.clone(),
-                host: shard.host.clone(),
-                port: shard.port,
-                database: shard.database.clone(),
-                weight: shard.weight,
-                region: shard.region.clone(),
-                max_db_connections: shard.max_db_connections,
-                tenants: 0,
-            };
+            let record = config_shard(shard);
             if record.put(&*catalog).await? {
                 let detail = json!({ "shard": record.name, "host": record.host, "port": record.port });
                 records::event(&*catalog, "config", "shard registered", None, &detail).await?;
+                self.audit_change("config", "shard registered", None, &detail).await;
             }
         }
         catalog.give_back().await;
@@ -117,12 +108,29 @@ impl Control {
                 "a shard needs a name, a host, a port and a database",
             ));
         }
-        let endpoint = admin_endpoint(&self.config, &record.name, &record.host, record.port, &record.database);
-        self.setup(&record.name, endpoint).await?;
+        if record.rls_database == record.database {
+            return Err(PgError::error(sqlstate::INVALID_PARAMETER_VALUE, "plans do not share a database"));
+        }
+        if let Some(id) = &record.dedicated_to {
+            TenantId::parse(id).map_err(|e| PgError::error(sqlstate::INVALID_PARAMETER_VALUE, e.to_string()))?;
+        }
+        let plan = self.config.provision.plan;
+        let shard = super::known_shard(record, self.config.pool.max_db_connections);
+        if shard.dedicated_to.is_some() || plan.wants_own_shard() {
+            // Nothing to set up, but it must be there.
+            let endpoint = admin_endpoint(&self.config, &shard.name, &shard.host, shard.port, "postgres");
+            self.connector.connect(&endpoint).await.map_err(|error| {
+                PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("shard \"{}\" is not reachable", shard.name))
+                    .detail(error.to_string())
+            })?;
+        } else {
+            self.ensure_setup(&shard, plan).await?;
+        }
         let catalog = self.catalog().await?;
         record.put(&*catalog).await?;
         let detail = json!({ "shard": record.name, "host": record.host, "port": record.port, "weight": record.weight });
         records::event(&*catalog, who, "shard added", None, &detail).await?;
+        self.audit_change(who, "shard added", None, &detail).await;
         catalog.give_back().await;
         self.sync().await;
         Ok(())
@@ -179,55 +187,85 @@ impl Control {
         Ok(entry.clone())
     }
 
+    /// A pool for one connection, which nobody else knows.
+    pub(super) fn single(&self, shard: &str, database: &str) -> Result<AdminPool, PgError> {
+        let endpoint = self.shard_pool(shard, "postgres")?.endpoint().database(database);
+        Ok(AdminPool::new(self.connector.clone(), endpoint, format!("shard \"{shard}\""), 1))
+    }
+
     fn admin_pool(&self, shard: &str, endpoint: Endpoint) -> std::sync::Arc<AdminPool> {
         let what = format!("shard \"{shard}\"");
         std::sync::Arc::new(AdminPool::new(self.connector.clone(), endpoint, what, ADMIN_CONNECTIONS))
     }
 
-    /// Sets the shard up unless this process knows that it is.
-    pub(super) async fn ensure_setup(&self, shard: &str, database: &str) -> Result<(), PgError> {
-        let endpoint = self.shard_pool(shard, database)?.endpoint().clone();
-        self.setup(shard, endpoint).await
-    }
-
-    async fn setup(&self, shard: &str, endpoint: Endpoint) -> Result<(), PgError> {
+    /// Sets the shard up for a plan unless this process knows that it is.
+    pub(super) async fn ensure_setup(&self, shard: &Shard, plan: Plan) -> Result<(), PgError> {
+        let Some(setup) = plan.setup(shard.databases(), self.config.provision.hardening) else { return Ok(()) };
+        let endpoint = admin_endpoint(&self.config, &shard.name, &shard.host, shard.port, &setup.database);
         let key = format!("{}:{}/{}", endpoint.host, endpoint.port, endpoint.database);
         if self.prepared.contains_key(&key) {
             return Ok(());
         }
+        self.setup(&shard.name, &endpoint, &setup).await?;
+        if plan.template() == TemplateUse::Once {
+            self.fill_shared(&shard.name, &setup.database, plan).await?;
+        }
+        self.prepared.insert(key, ());
+        Ok(())
+    }
+
+    /// The mark of a database that is set up now: which set-up was done, on which version of PostgreSQL (a newer one
+    /// has new functions), to which grade. Without the letter-case or spaces that would make it hard to look for.
+    pub(super) fn mark(&self, version: &str) -> String {
+        format!("setup {SETUP_VERSION} on {version} {}", self.config.provision.hardening.as_str())
+    }
+
+    async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
         let unreachable = |error: crate::directory::connector::ConnectError| {
             tracing::warn!(shard, at = %endpoint, %error, "cannot connect");
             PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("shard \"{shard}\" is not reachable"))
                 .detail(error.to_string())
         };
         let doing = failed("set up the shard");
-        let plan = self.config.provision.plan;
-        let setup = plan.shard_setup(&endpoint.database);
         let cluster = self.connector.connect(&endpoint.database("postgres")).await.map_err(unreachable)?;
         cluster.execute("SELECT pg_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(&doing)?;
-        let version: String =
-            cluster.query_one("SELECT current_setting('server_version_num')", &[]).await.map_err(&doing)?.get(0);
         let exists = cluster
             .query_opt("SELECT FROM pg_database WHERE datname = $1", &[&endpoint.database])
             .await
             .map_err(&doing)?;
         if exists.is_none() {
-            create_database(&self.connector, &endpoint, &endpoint.database).await.map_err(unreachable)?;
+            create_database(&self.connector, endpoint, &endpoint.database).await.map_err(unreachable)?;
         }
-        let database = self.connector.connect(&endpoint).await.map_err(unreachable)?;
-        // The mark says which set-up was done on which version of PostgreSQL: a newer one has new functions.
-        let mark = format!("pgusher shard setup {SETUP_VERSION} on {version}");
-        let sql = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'tenant_shim'";
+        let database = self.connector.connect(endpoint).await.map_err(unreachable)?;
+        let mark = self.mark(&server_version(&cluster).await?);
+        let found = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'tenant_shim'";
         let found: Option<String> =
-            database.query_opt(sql, &[]).await.map_err(&doing)?.and_then(|row| row.get::<_, Option<String>>(0));
+            database.query_opt(found, &[]).await.map_err(&doing)?.and_then(|row| row.get::<_, Option<String>>(0));
         if found.as_deref() != Some(&mark) {
             cluster.batch_execute(&setup.cluster).await.map_err(&doing)?;
-            let marked = format!("{};\nCOMMENT ON SCHEMA tenant_shim IS {}", setup.database, Literal(&mark));
+            let marked = format!("{};\nCOMMENT ON SCHEMA tenant_shim IS {}", setup.sql, Literal(&mark));
             database.batch_execute(&marked).await.map_err(&doing)?;
-            tracing::info!(shard, at = %endpoint, "set up the shard");
+            tracing::info!(shard, at = %endpoint, mark, "set up the shard");
+        }
+        if let Some(outdated) = setup.outdated {
+            for row in cluster.query(outdated, &[&mark]).await.map_err(&doing)? {
+                let (name, comment): (String, String) = (row.get(0), row.get(1));
+                let id = comment.split(' ').nth(2).unwrap_or_default();
+                let sql = Plan::harden(&name, id, self.config.provision.hardening, &mark);
+                let hardened = async {
+                    let client = self.connector.connect(&endpoint.database(&name)).await.map_err(unreachable)?;
+                    client.batch_execute(&sql).await.map_err(&doing)
+                };
+                // One that cannot be done now must not keep others from being done; the next start tries again.
+                match hardened.await {
+                    Ok(()) => tracing::info!(shard, database = name, mark, "set up the tenant's database"),
+                    Err(error) => {
+                        tracing::error!(shard, database = name, %error, "cannot set up the tenant's database")
+                    }
+                }
+            }
         }
         // Closing `cluster` gives the lock back.
-        self.prepared.insert(key, ());
         Ok(())
     }
 
@@ -282,14 +320,12 @@ impl Control {
 
     /// Logs in as the tenant, with its own password, and asks for one row.
     pub(super) async fn probe_tenant(&self, tenant: &Tenant) -> Probe {
-        let role = tenant.plan.role(&tenant.id);
-        let secret = self.config.provision.master_secret.expose();
         let endpoint = Endpoint {
             host: tenant.shard.host.clone(),
             port: tenant.shard.port,
             database: tenant.shard.database.clone(),
-            password: crate::config::Secret::new(credential::server_password(secret, &role)),
-            user: role,
+            password: self.passwords.of(tenant),
+            user: tenant.role().to_owned(),
         };
         let began = Instant::now();
         let asking = async {
@@ -307,34 +343,68 @@ impl Control {
 
     /// Measures every tenant's bytes on a shard, from the catalogs alone.
     pub(super) async fn measure_storage(&self, shard: &Shard) -> Result<(), PgError> {
-        let client = self.shard_pool(&shard.name, &shard.database)?.checkout().await?;
         let doing = failed("measure the tenants' storage");
-        // Measuring a table takes a lock on it: a tenant that holds an exclusive one keeps its last value and does not
-        // stop the others from being measured.
-        client.batch_execute("SET lock_timeout = '1s'").await.map_err(&doing)?;
-        let sql = "SELECT n.nspname::text, sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c \
-                   JOIN pg_namespace n ON n.oid = c.relnamespace \
-                   WHERE c.relkind IN ('r', 'm') AND pg_get_userbyid(n.nspowner) = $1 AND n.oid NOT IN \
-                     (SELECT b.relnamespace FROM pg_locks l JOIN pg_class b ON b.oid = l.relation \
-                      WHERE l.mode = 'AccessExclusiveLock' AND l.locktype = 'relation' AND l.database = \
-                        (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) GROUP BY 1";
-        let rows = client.query(sql, &[&OWNER]).await.map_err(&doing)?;
-        let sql = "SELECT pg_database_size(current_database())";
-        self.sizes.insert(shard.name.clone(), client.query_one(sql, &[]).await.map_err(&doing)?.get(0));
-        client.give_back().await;
-        let measured: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-        for (schema, bytes) in measured {
-            if let Ok(id) = TenantId::parse(schema) {
-                self.storage.insert(id, u64::try_from(bytes).unwrap_or(0));
+        let mut measured: std::collections::HashMap<String, i64> = std::collections::HashMap::new();
+        for (database, sql) in [shard.database.as_str(), "postgres"].into_iter().zip(Plan::STORAGE) {
+            let client = match self.shard_pool(&shard.name, database)?.checkout().await {
+                Ok(client) => client,
+                // One that a plan has not made yet.
+                Err(error) if database != "postgres" => {
+                    tracing::debug!(shard = shard.name, database, %error, "not measured");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            // Measuring a table takes a lock on it: a tenant that holds an exclusive one keeps its last value and does
+            // not stop the others from being measured.
+            client.batch_execute("SET lock_timeout = '1s'").await.map_err(&doing)?;
+            let rows = client.query(sql, &[]).await.map_err(&doing)?;
+            measured.extend(rows.iter().map(|row| (row.get(0), row.get(1))));
+            if database == shard.database {
+                let sql = "SELECT pg_database_size(current_database())";
+                self.sizes.insert(shard.name.clone(), client.query_one(sql, &[]).await.map_err(&doing)?.get(0));
             }
+            client.give_back().await;
         }
-        self.storage.retain(|id, _| self.directory.find(id.as_str()).is_some());
-        let mut largest: Vec<_> = self.storage.iter().map(|entry| (entry.key().clone(), *entry.value())).collect();
-        largest.sort_unstable_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        largest.truncate(self.config.metrics.metrics_top_tenants);
+        let measured = measured.iter().map(|(id, bytes)| (id.as_str(), u64::try_from(*bytes).unwrap_or(0)));
+        let known: Vec<(&str, u64)> = measured.filter(|&(id, bytes)| self.directory.set_storage(id, bytes)).collect();
+        let before = self.largest.load_full();
+        // Those of other shards, and those that could not be measured this time, keep their last value.
+        let before = before.iter().filter_map(|(id, _)| Some((id.as_str(), self.directory.storage(id.as_str())?)));
+        let largest = largest(known.into_iter().chain(before).collect(), self.config.metrics.metrics_top_tenants);
         self.largest.store(std::sync::Arc::new(largest));
         Ok(())
     }
+}
+
+/// What the config says of a shard.
+pub(super) fn config_shard(shard: &ShardConfig) -> ShardRecord {
+    ShardRecord {
+        name: shard.name.clone(),
+        host: shard.host.clone(),
+        port: shard.port,
+        database: shard.database.clone(),
+        weight: shard.weight,
+        region: shard.region.clone(),
+        max_db_connections: shard.max_db_connections,
+        rls_database: shard.rls_database.clone(),
+        dedicated_to: shard.dedicated_to.clone(),
+        tenants: 0,
+    }
+}
+
+/// The `most` tenants with most bytes, the largest first. A tenant may be named twice, with the same number.
+fn largest(mut measured: Vec<(&str, u64)>, most: usize) -> Vec<(TenantId, u64)> {
+    let order = |a: &(&str, u64), b: &(&str, u64)| b.1.cmp(&a.1).then(a.0.cmp(b.0));
+    // Twice as many, because each may be there twice; only they are sorted.
+    if measured.len() > 2 * most {
+        measured.select_nth_unstable_by(2 * most, order);
+        measured.truncate(2 * most);
+    }
+    measured.sort_unstable_by(order);
+    measured.dedup();
+    measured.truncate(most);
+    measured.into_iter().filter_map(|(id, bytes)| Some((TenantId::parse(id).ok()?, bytes))).collect()
 }
 
 impl ShardHealth {
@@ -351,6 +421,12 @@ impl ShardHealth {
     }
 }
 
+/// The version as a number, such as 150004.
+pub(super) async fn server_version(client: &tokio_postgres::Client) -> Result<String, PgError> {
+    let row = client.query_one("SELECT current_setting('server_version_num')", &[]).await;
+    Ok(row.map_err(failed("set up the shard"))?.get(0))
+}
+
 /// Where and as whom the administrator of a shard logs in. Passwords come from the config, never from the catalog.
 pub(super) fn admin_endpoint(config: &Config, shard: &str, host: &str, port: u16, database: &str) -> Endpoint {
     let (user, password) = match config.shards.iter().find(|known| known.name == shard) {
@@ -363,5 +439,22 @@ pub(super) fn admin_endpoint(config: &Config, shard: &str, host: &str, port: u16
         database: database.to_owned(),
         user: user.clone(),
         password: password.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_tenants_are_found_once_each() {
+        let names: Vec<String> = (0..100).map(|n| format!("t{n:02}")).collect();
+        let measured = || names.iter().enumerate().map(|(n, name)| (name.as_str(), (n as u64 * 37) % 100));
+        let twice = || measured().chain(measured()).collect();
+        let sizes = |most| largest(twice(), most).iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>();
+        assert_eq!(sizes(4), [99, 98, 97, 96]);
+        assert!(sizes(0).is_empty());
+        assert_eq!(sizes(1000).len(), 100);
+        assert_eq!(largest(vec![("b", 5), ("a", 5), ("b", 5)], 2).len(), 2);
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::Control;
-use super::provision::Wanted;
+use super::provision::{Choice, Wanted};
 use super::records::TenantRecord;
 use super::shards::Probe;
 use crate::config::Config;
 use crate::error::{PgError, sqlstate};
-use crate::tenant::{TenantId, credential};
+use crate::tenant::{Plan, TenantId, credential};
 
 /// How a tenant is, as `GET /tenant/{id}/health` says it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -59,6 +59,8 @@ pub struct DatabaseUrl {
     pub schema: String,
     /// Shard it lives on.
     pub shard: String,
+    /// Its plan.
+    pub plan: &'static str,
 }
 
 impl Control {
@@ -66,15 +68,13 @@ impl Control {
     ///
     /// # Errors
     /// What is told to whoever asked.
-    pub async fn create(
-        self: &Arc<Self>,
-        id: &TenantId,
-        who: &str,
-        shard: Option<String>,
-    ) -> Result<TenantRecord, PgError> {
-        self.make(id, who, Wanted::ByOperator(shard)).await?;
+    pub async fn create(self: &Arc<Self>, id: &TenantId, who: &str, choice: Choice) -> Result<TenantRecord, PgError> {
+        let plan = choice.plan;
+        self.make(id, who, Wanted::ByOperator(choice)).await?;
         self.sync().await;
-        self.show(id).await
+        let record = self.show(id).await?;
+        check_plan(id, record.plan(), plan)?;
+        Ok(record)
     }
 
     /// One tenant's row.
@@ -99,18 +99,25 @@ impl Control {
         Ok(records)
     }
 
-    /// A DSN through the proxy for the tenant's own login; makes the tenant if need be.
+    /// A DSN through the proxy for the tenant's own login; makes the tenant if need be, with this plan.
     ///
     /// # Errors
-    /// What is told to whoever asked.
-    pub async fn database_url(self: &Arc<Self>, id: &TenantId, who: &str) -> Result<DatabaseUrl, PgError> {
-        let (shard, schema) = match self.directory.find(id.as_str()) {
-            Some(tenant) => (tenant.shard.name.clone(), tenant.plan.schema(id)),
+    /// What is told to whoever asked; `55000` if it exists with another plan.
+    pub async fn database_url(
+        self: &Arc<Self>,
+        id: &TenantId,
+        who: &str,
+        plan: Option<Plan>,
+    ) -> Result<DatabaseUrl, PgError> {
+        let (shard, schema, has) = match self.directory.find(id.as_str()) {
+            Some(tenant) => (tenant.shard.name.clone(), tenant.schema().to_owned(), tenant.plan),
             None => {
-                let record = self.create(id, who, None).await?;
-                (record.shard, record.schema)
+                let record = self.create(id, who, Choice { plan, shard: None }).await?;
+                let plan = super::provision::known_plan(&record)?;
+                (record.shard, record.schema, plan)
             }
         };
+        check_plan(id, Some(has), plan)?;
         let (host, port) = public_address(&self.config);
         let secret = self.config.provision.master_secret.expose();
         let password = credential::client_password(secret, id.as_str());
@@ -124,6 +131,7 @@ impl Control {
             database: id.to_string(),
             schema,
             shard,
+            plan: has.as_str(),
         })
     }
 
@@ -140,13 +148,24 @@ impl Control {
             plan: tenant.plan.as_str(),
             shard: tenant.shard.name.clone(),
             database: tenant.shard.database.clone(),
-            schema: tenant.plan.schema(id),
+            schema: tenant.schema().to_owned(),
             epoch: tenant.epoch,
             clients: self.traffic.tenant_clients(id),
             server_connections: self.traffic.tenant_servers(id),
-            storage_bytes: self.storage.get(id.as_str()).map(|bytes| *bytes),
+            storage_bytes: self.directory.storage(id.as_str()),
             probe,
         })
+    }
+}
+
+/// A tenant does not change its plan because somebody asks for it under another one.
+fn check_plan(id: &TenantId, has: Option<Plan>, wanted: Option<Plan>) -> Result<(), PgError> {
+    match (has, wanted) {
+        (Some(has), Some(wanted)) if has != wanted => Err(PgError::error(
+            sqlstate::NOT_IN_PREREQUISITE_STATE,
+            format!("tenant \"{id}\" has plan \"{}\", not \"{}\"", has.as_str(), wanted.as_str()),
+        )),
+        _ => Ok(()),
     }
 }
 

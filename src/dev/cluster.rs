@@ -295,7 +295,7 @@ fn write_settings(setup: &Setup, dir: &Path, name: &str, port: u16) -> std::io::
 
 /// `name` consists of letters, digits and `_` (see `shard_name`), so it needs no quoting.
 fn settings(name: &str, port: u16, durable: bool) -> String {
-    let careless = if durable { "" } else { "fsync = off\nsynchronous_commit = off\nfull_page_writes = off\n" };
+    let careless = if durable { "" } else { "fsync = off\nfull_page_writes = off\n" };
     format!(
         "# Written by `pgusher dev` at every start.\n\
          cluster_name = '{name}'\n\

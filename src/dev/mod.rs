@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::signals::{Event, Signals};
 use crate::config::{Config, Secret, ShardConfig, User};
+use crate::control::provision::Choice;
 use crate::error::PgError;
 use crate::server::{ServeError, Server};
 use crate::tenant::{InvalidTenantId, TenantId};
@@ -72,9 +73,15 @@ pub enum DevError {
     #[error("--tenants {text:?}: {source}")]
     BadTenant { text: String, source: InvalidTenantId },
     #[error("{0}")]
-    Serve(#[from] ServeError),
+    Serve(Box<ServeError>),
     #[error("making tenant {tenant} failed: {error}")]
-    Provision { tenant: TenantId, error: PgError },
+    Provision { tenant: TenantId, error: Box<PgError> },
+}
+
+impl From<ServeError> for DevError {
+    fn from(error: ServeError) -> Self {
+        Self::Serve(Box::new(error))
+    }
 }
 
 impl DevError {
@@ -246,6 +253,9 @@ fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cl
     };
     or(&mut config.provision.master_secret, &data.state.master_secret);
     or(&mut config.api.token, &data.state.api_token);
+    if data.kept && config.catalog.snapshot_file.is_none() {
+        config.catalog.snapshot_file = Some(data.path.join("catalog.snapshot"));
+    }
     if config.provision.template_dir.is_none() {
         config.provision.template_dir = Some(write_template(&data.path)?);
     }
@@ -300,9 +310,9 @@ async fn provision(server: &Server, tenants: &[TenantId]) -> Result<Vec<Seat>, D
     let mut seats = Vec::with_capacity(tenants.len());
     for id in tenants {
         let record = control
-            .create(id, "pgusher dev", None)
+            .create(id, "pgusher dev", Choice::default())
             .await
-            .map_err(|error| DevError::Provision { tenant: id.clone(), error })?;
+            .map_err(|error| DevError::Provision { tenant: id.clone(), error: Box::new(error) })?;
         seats.push(Seat { id: id.clone(), shard: record.shard, schema: record.schema });
     }
     Ok(seats)

@@ -12,12 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
 use super::connector::{ConnectError, Connector, Endpoint, explain};
-use super::{AppUser, Directory, Shard, Tenant};
+use super::snapshot::Contents;
+use super::{AppUser, Directory, Names, Shard, Tenant};
+use crate::error::sqlstate;
 use crate::tenant::credential::Verifier;
 use crate::tenant::sql::Ident;
 use crate::tenant::{Plan, Status, TenantId};
@@ -29,7 +32,10 @@ pub const CHANNEL: &str = "pgusher_changes";
 const MIGRATION_LOCK: i64 = 0x70_67_75_73_68_65_72;
 
 /// Versioned migrations, run in order, each in a transaction of its own.
-const MIGRATIONS: &[(i32, &str, &str)] = &[(1, "catalog", include_str!("migrations/0001_catalog.sql"))];
+const MIGRATIONS: &[(i32, &str, &str)] = &[
+    (1, "catalog", include_str!("migrations/0001_catalog.sql")),
+    (2, "plans", include_str!("migrations/0002_plans.sql")),
+];
 
 /// Removals older than this are forgotten ten times later; who has not read for so long reads everything.
 const FORGET: Duration = Duration::from_secs(24 * 3600);
@@ -67,6 +73,19 @@ pub enum CatalogError {
     /// A read took too long.
     #[error("the catalog does not answer")]
     Silent,
+}
+
+impl CatalogError {
+    /// Whether it may be there in a moment: it does not answer, or is starting up. A server that refuses us says so
+    /// with another code.
+    pub fn is_away(&self) -> bool {
+        match self {
+            Self::Connect(_, error) => error.code().is_none_or(|code| code == sqlstate::CANNOT_CONNECT_NOW),
+            Self::Silent => true,
+            Self::Postgres { source, .. } | Self::Migration { source, .. } => source.is_closed(),
+            Self::TooNew { .. } => false,
+        }
+    }
 }
 
 /// A catalog restored into another cluster carries that one's transaction ids, which here may lie in the future: such
@@ -141,15 +160,18 @@ pub async fn create_database(connector: &Connector, at: &Endpoint, name: &str) -
 /// How far the catalog has been read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
-    /// Which cluster: transaction ids of another one mean nothing.
-    system: String,
+    /// Which cluster, timeline and database: transaction ids of another one mean nothing.
+    pub(super) system: String,
     /// `pg_current_snapshot()` from before the read.
-    snapshot: String,
+    pub(super) snapshot: String,
 }
 
 impl Seen {
     async fn now(client: &Client) -> Result<Self, CatalogError> {
-        let sql = "SELECT system_identifier::text, pg_current_snapshot()::text FROM pg_control_system()";
+        // A restored backup has a timeline of its own, a database that was dropped and loaded again another oid.
+        let sql = "SELECT concat_ws('/', s.system_identifier, c.timeline_id, d.oid), pg_current_snapshot()::text \
+                   FROM pg_control_system() s, pg_control_checkpoint() c, pg_database d \
+                   WHERE d.datname = current_database()";
         let row = client.query_one(sql, &[]).await.map_err(read_failed)?;
         Ok(Self { system: row.get(0), snapshot: row.get(1) })
     }
@@ -191,14 +213,19 @@ pub struct Reader {
     max_db_connections: usize,
     /// One `Arc<Shard>` for each shard and, in it, database that tenants are recorded in.
     homes: HashMap<String, HashMap<String, Arc<Shard>>>,
-    seen: Option<Seen>,
+    seen: Position,
     read_at: Instant,
+    /// What is known comes from a snapshot, which is not to be trusted with what can be read in no time.
+    restored: bool,
 }
 
-const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier \
+/// How far the directory is known to be, for the snapshot; `None` before the first read.
+pub type Position = Arc<Mutex<Option<Seen>>>;
+
+const TENANTS: &str = "SELECT t.id, t.plan, t.shard, t.database, t.schema, t.role, t.status, t.epoch, c.verifier, t.managed \
                        FROM pgusher.tenants t LEFT JOIN pgusher.credentials c ON c.tenant = t.id";
-const SHARDS: &str = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections \
-                      FROM pgusher.shards s";
+const SHARDS: &str = "SELECT s.name, s.host, s.port, s.database, s.weight, s.region, s.max_db_connections, \
+                      s.rls_database, s.dedicated_to FROM pgusher.shards s";
 const USERS: &str = "SELECT u.name, u.verifier, u.tenants, u.auto_provision FROM pgusher.credentials u \
                      WHERE u.kind = 'user'";
 
@@ -213,7 +240,34 @@ fn since(alias: &str) -> String {
 impl Reader {
     /// A reader that has read nothing yet.
     pub fn new(directory: Arc<Directory>, on_change: OnChange, max_db_connections: usize) -> Self {
-        Self { directory, on_change, max_db_connections, homes: HashMap::new(), seen: None, read_at: Instant::now() }
+        let (homes, seen, read_at) = (HashMap::new(), Position::default(), Instant::now());
+        Self { directory, on_change, max_db_connections, homes, seen, read_at, restored: false }
+    }
+
+    /// What it reads into.
+    pub fn directory(&self) -> Arc<Directory> {
+        self.directory.clone()
+    }
+
+    /// How far it has read, now and later.
+    pub fn position(&self) -> Position {
+        self.seen.clone()
+    }
+
+    /// Takes over a snapshot, before anything is read; the first read then reads what has changed since.
+    pub fn restore(&mut self, contents: Contents) {
+        contents.shards.into_iter().for_each(|shard| self.put_shard(shard));
+        contents.users.into_iter().for_each(|user| self.directory.put_user(user));
+        for tenant in contents.tenants {
+            let homes = self.homes.entry(tenant.shard.name.clone()).or_default();
+            homes.entry(tenant.shard.database.clone()).or_insert_with(|| tenant.shard.clone());
+            self.directory.put(tenant);
+        }
+        // Removals before that are perhaps forgotten.
+        if contents.age.is_some_and(|age| age < FORGET / 2) {
+            *self.seen.lock() = Some(contents.seen);
+        }
+        self.restored = true;
     }
 
     /// Reads what is new since the last time; everything, the first time and when that cannot be told.
@@ -222,19 +276,38 @@ impl Reader {
     /// [`CatalogError`]; the next call then reads again what this one did not finish.
     pub async fn read(&mut self, client: &Client) -> Result<(), CatalogError> {
         let now = Seen::now(client).await?;
-        match &self.seen {
-            Some(seen) if now.continues(seen) && self.read_at.elapsed() < FORGET => {
-                let snapshot = seen.snapshot.clone();
-                self.read_changes(client, &snapshot).await?;
+        let seen = self.seen.lock().clone();
+        match seen {
+            Some(seen) if now.continues(&seen) && self.read_at.elapsed() < FORGET => {
+                if self.restored {
+                    self.read_shards_and_users(client).await?;
+                }
+                self.read_changes(client, &seen.snapshot).await?;
             }
-            _ => self.read_all(client).await?,
+            seen => {
+                if self.restored && seen.is_some() {
+                    tracing::warn!(
+                        "the snapshot is of another catalog, or the catalog was restored: reading all of it"
+                    );
+                }
+                self.read_all(client).await?;
+            }
         }
-        self.seen = Some(now);
+        *self.seen.lock() = Some(now);
         self.read_at = Instant::now();
+        self.restored = false;
         Ok(())
     }
 
     async fn read_all(&mut self, client: &Client) -> Result<(), CatalogError> {
+        let gone = self.read_shards_and_users(client).await?;
+        self.read_tenants(client).await?;
+        gone.iter().for_each(|shard| self.directory.remove_shard(shard));
+        Ok(())
+    }
+
+    /// The names of shards that are no more; their last tenants are perhaps still here.
+    async fn read_shards_and_users(&mut self, client: &Client) -> Result<Vec<String>, CatalogError> {
         let mut shards = HashSet::new();
         for row in client.query(SHARDS, &[]).await.map_err(read_failed)? {
             shards.insert(row.get::<_, String>(0));
@@ -245,6 +318,12 @@ impl Reader {
             users.insert(row.get(0));
             self.apply_user(&row);
         }
+        self.directory.user_names().iter().filter(|n| !users.contains(*n)).for_each(|n| self.directory.remove_user(n));
+        let known = self.directory.shards();
+        Ok(known.iter().filter(|shard| !shards.contains(&shard.name)).map(|shard| shard.name.clone()).collect())
+    }
+
+    async fn read_tenants(&mut self, client: &Client) -> Result<(), CatalogError> {
         // Only a second full read can find tenants here that the catalog no longer has.
         let again = !self.directory.is_empty();
         let mut read = HashSet::new();
@@ -258,17 +337,8 @@ impl Reader {
             }
         }
         if again {
-            let mut gone = Vec::new();
-            self.directory.for_each_tenant(|t| {
-                if !read.contains(t.id.as_str()) {
-                    gone.push(t.id.clone());
-                }
-            });
-            gone.iter().for_each(|id| self.forget(id));
-        }
-        self.directory.user_names().iter().filter(|n| !users.contains(*n)).for_each(|n| self.directory.remove_user(n));
-        for shard in self.directory.shards().iter().filter(|shard| !shards.contains(&shard.name)) {
-            self.directory.remove_shard(&shard.name);
+            let gone = self.directory.tenants().filter(|tenant| !read.contains(tenant.id.as_str()));
+            gone.for_each(|tenant| self.forget(&tenant.id));
         }
         Ok(())
     }
@@ -324,19 +394,25 @@ impl Reader {
             tracing::error!(shard = row.get::<_, &str>(0), "the catalog's row of this shard is not valid, ignored");
             return;
         };
-        if self.directory.shard(&shard.name).is_some_and(|known| *known == shard) {
+        self.put_shard(shard);
+    }
+
+    /// Puts a shard in place, and in the place of what its tenants know of it if that makes a difference to them: that
+    /// is work for each of them.
+    pub fn put_shard(&mut self, shard: Shard) {
+        let known = self.directory.shard(&shard.name);
+        if known.as_ref().is_some_and(|known| **known == shard) {
             return;
         }
         tracing::info!(shard = shard.name, host = shard.host, port = shard.port, weight = shard.weight, "shard");
         self.homes.remove(&shard.name);
         self.directory.put_shard(shard.clone());
-        let mut moved = Vec::new();
-        self.directory.for_each_tenant(|t| {
-            if t.shard.name == shard.name {
-                moved.push(Arc::clone(t));
-            }
-        });
-        for tenant in moved {
+        let reached = |shard: &Shard| (shard.host.clone(), shard.port, shard.max_db_connections);
+        if known.is_none_or(|known| reached(&known) == reached(&shard)) {
+            return;
+        }
+        let directory = self.directory.clone();
+        for tenant in directory.tenants().filter(|tenant| tenant.shard.name == shard.name) {
             let home = self.home(&shard.name, &tenant.shard.database).unwrap_or_else(|| tenant.shard.clone());
             self.directory.put(Tenant { shard: home, ..(*tenant).clone() });
         }
@@ -380,15 +456,16 @@ impl Reader {
     fn tenant(&mut self, id: &TenantId, status: Status, row: &Row) -> Option<Tenant> {
         let plan = Plan::parse(row.get(1));
         let shard = self.home(row.get(2), row.get(3));
-        let as_planned =
-            |plan: &Plan| plan.schema(id) == row.get::<_, &str>(4) && plan.role(id) == row.get::<_, &str>(5);
-        let (Some(plan), Some(shard)) = (plan.filter(as_planned), shard) else {
+        let (Some(plan), Some(shard)) = (plan, shard) else {
             tracing::error!(tenant = %id, "the catalog gives this tenant a home that this pgusher cannot reach");
             return None;
         };
-        let verifier = row.get::<_, Option<&str>>(8).and_then(|text| Verifier::parse(text).ok()).map(Box::new);
+        let verifier = row.get::<_, Option<&str>>(8).and_then(|text| Verifier::parse(text).ok());
         let epoch = u64::try_from(row.get::<_, i64>(7)).unwrap_or(0);
-        Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier })
+        let (schema, role): (&str, &str) = (row.get(4), row.get(5));
+        let as_planned = schema == plan.default_schema(id) && role == id.as_str();
+        let names = (!as_planned).then(|| Box::new(Names { schema: schema.to_owned(), role: role.to_owned() }));
+        Some(Tenant { id: id.clone(), plan, shard, status, epoch, verifier, names, managed: row.get(9) })
     }
 
     fn home(&mut self, name: &str, database: &str) -> Option<Arc<Shard>> {
@@ -423,6 +500,11 @@ fn shard(row: &Row, max_db_connections: usize) -> Option<Shard> {
         weight: u32::try_from(row.get::<_, i32>(4)).ok()?,
         region: row.get(5),
         max_db_connections: most.map_or(Some(max_db_connections), |most| usize::try_from(most).ok())?,
+        rls_database: row.get(7),
+        dedicated_to: match row.get::<_, Option<&str>>(8) {
+            Some(id) => Some(TenantId::parse(id).ok()?),
+            None => None,
+        },
     })
 }
 

@@ -10,7 +10,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use super::catalog::{CHANNEL, CatalogError, Reader};
+use super::Directory;
+use super::catalog::{self, CHANNEL, CatalogError, Reader};
 use super::connector::{Connector, Endpoint};
 
 /// How often the catalog is read without a reason: finds a connection that died silently.
@@ -30,8 +31,10 @@ pub struct Follower {
     connector: Connector,
     at: Endpoint,
     reader: Reader,
+    directory: Arc<Directory>,
     requests: mpsc::Receiver<SyncRequest>,
     connected: watch::Sender<bool>,
+    migrated: bool,
 }
 
 /// The other side of a [`Follower`].
@@ -48,6 +51,12 @@ impl Handle {
         self.requests.send(done).await.is_ok() && answer.await.is_ok()
     }
 
+    /// Waits until the catalog is followed.
+    pub async fn connected(&self) {
+        // An error: the follower has ended, and with it the program.
+        let _ = self.connected.clone().wait_for(|connected| *connected).await;
+    }
+
     /// Whether the catalog is followed right now.
     pub fn is_connected(&self) -> bool {
         *self.connected.borrow()
@@ -59,14 +68,20 @@ impl Follower {
     pub fn new(connector: Connector, at: Endpoint, reader: Reader) -> (Self, Handle) {
         let (sender, requests) = mpsc::channel(64);
         let (connected, watcher) = watch::channel(false);
-        (Self { connector, at, reader, requests, connected }, Handle { requests: sender, connected: watcher })
+        let directory = reader.directory();
+        let follower = Self { connector, at, reader, directory, requests, connected, migrated: false };
+        (follower, Handle { requests: sender, connected: watcher })
     }
 
-    /// Connects and reads everything; before it returns nothing is served.
+    /// Connects, migrates the catalog if that was not done before, and reads what is not known yet.
     ///
     /// # Errors
     /// See [`CatalogError`].
     pub async fn load(&mut self) -> Result<Link, CatalogError> {
+        if !self.migrated {
+            catalog::migrate(&self.connector, &self.at).await?;
+            self.migrated = true;
+        }
         let news = Arc::new(Notify::new());
         let client =
             self.connector.open(&self.at, news.clone()).await.map_err(|e| CatalogError::Connect(self.at.clone(), e))?;
@@ -75,26 +90,32 @@ impl Follower {
             .await
             .map_err(|e| CatalogError::Postgres { doing: "listen to the catalog", source: e })?;
         self.read(&client, LOAD_TIMEOUT).await?;
-        self.connected.send_replace(true);
+        self.set_connected(true);
         Ok(Link { client, news })
     }
 
-    /// Follows from a loaded state until `shutdown`.
-    pub async fn run(mut self, mut link: Link, shutdown: CancellationToken) {
+    /// Follows from a loaded state, or from a snapshot if the catalog is away, until `shutdown`.
+    pub async fn run(mut self, mut link: Option<Link>, shutdown: CancellationToken) {
         loop {
-            let lost = tokio::select! {
-                error = self.follow(&link) => error,
-                () = shutdown.cancelled() => return,
-            };
-            drop(link);
-            self.connected.send_replace(false);
-            tracing::warn!(error = %lost, "lost the catalog; known tenants go on");
+            if let Some(link) = link {
+                let lost = tokio::select! {
+                    error = self.follow(&link) => error,
+                    () = shutdown.cancelled() => return,
+                };
+                self.set_connected(false);
+                tracing::warn!(error = %lost, "lost the catalog; known tenants go on");
+            }
             link = tokio::select! {
-                link = self.reconnect() => link,
+                link = self.reconnect() => Some(link),
                 () = shutdown.cancelled() => return,
             };
             tracing::info!("the catalog is back, changes made meanwhile are read");
         }
+    }
+
+    fn set_connected(&self, connected: bool) {
+        self.connected.send_replace(connected);
+        self.directory.set_current(connected);
     }
 
     /// Reads when there is a reason to; returns what ended it.
@@ -124,7 +145,8 @@ impl Follower {
         loop {
             match self.load().await {
                 Ok(link) => return link,
-                Err(error) => tracing::debug!(%error, "the catalog is still away"),
+                Err(error @ CatalogError::Connect(..)) => tracing::debug!(%error, "the catalog is still away"),
+                Err(error) => tracing::warn!(%error, "the catalog cannot be followed"),
             }
             let until = tokio::time::Instant::now() + backoff.mul_f64(rand::random_range(0.5..1.0));
             // Who asks meanwhile is told at once, by dropping the request.

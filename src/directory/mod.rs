@@ -7,11 +7,14 @@
 pub mod catalog;
 pub mod connector;
 pub mod follow;
+pub mod names;
 pub mod ring;
+pub mod snapshot;
+mod tenants;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
@@ -20,9 +23,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::PgError;
 use crate::tenant::credential::Verifier;
+use crate::tenant::plan::Databases;
 use crate::tenant::{Plan, Status, TenantId};
 
+use self::names::NameSet;
 use self::ring::Ring;
+use self::tenants::Tenants;
 
 /// A PostgreSQL cluster that tenants live on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,12 +41,50 @@ pub struct Shard {
     pub port: u16,
     /// The database that holds the tenants of plan `schema`.
     pub database: String,
+    /// The database that holds the tenants of plan `rls`.
+    pub rls_database: String,
+    /// The tenant that has the shard to itself; it takes no other.
+    pub dedicated_to: Option<TenantId>,
     /// Weight on the ring; 0 takes no new tenants.
     pub weight: u32,
     /// Where it stands, for placement and display; may be empty.
     pub region: String,
     /// Most server connections that this proxy opens to it.
     pub max_db_connections: usize,
+}
+
+#[cfg(test)]
+impl Shard {
+    /// Some shard of that name.
+    pub(crate) fn for_tests(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            host: "127.0.0.1".into(),
+            port: 5432,
+            database: "tenants".into(),
+            rls_database: "shared".into(),
+            dedicated_to: None,
+            weight: 100,
+            region: String::new(),
+            max_db_connections: 10,
+        }
+    }
+}
+
+impl Shard {
+    /// Its databases that tenants share.
+    pub fn databases(&self) -> Databases<'_> {
+        Databases { schemas: &self.database, rows: &self.rls_database }
+    }
+}
+
+/// Names of a tenant's place that are not what its plan would give it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// Schema of its tables.
+    pub schema: String,
+    /// Role of its server connections.
+    pub role: String,
 }
 
 /// A tenant as this proxy knows it.
@@ -57,18 +101,22 @@ pub struct Tenant {
     /// Grows each time home or status change.
     pub epoch: u64,
     /// The tenant's own credential, if it has one.
-    pub verifier: Option<Box<Verifier>>,
+    pub verifier: Option<Verifier>,
+    /// Names that were there before the tenant; `None` is what the plan says.
+    pub names: Option<Box<Names>>,
+    /// Whether pgusher made its place, and its role's password.
+    pub managed: bool,
 }
 
 impl Tenant {
     /// The role that its server connections log in as.
-    pub fn role(&self) -> String {
-        self.plan.role(&self.id)
+    pub fn role(&self) -> &str {
+        self.names.as_ref().map_or(self.id.as_str(), |names| &names.role)
     }
 
     /// The schema that holds its objects.
-    pub fn schema(&self) -> String {
-        self.plan.schema(&self.id)
+    pub fn schema(&self) -> &str {
+        self.names.as_ref().map_or_else(|| self.plan.default_schema(&self.id), |names| &names.schema)
     }
 
     /// The database that it lives in.
@@ -78,7 +126,7 @@ impl Tenant {
 
     /// The startup settings with which an unchanged client finds its tables.
     pub fn startup_settings(&self) -> Vec<(String, String)> {
-        self.plan.startup_settings(&self.id)
+        self.plan.startup_settings(self.schema())
     }
 }
 
@@ -129,7 +177,7 @@ pub struct ProvisionRequest {
 
 /// The in-memory view of the catalog.
 pub struct Directory {
-    tenants: DashMap<TenantId, Arc<Tenant>>,
+    tenants: Tenants,
     users: DashMap<String, Arc<AppUser>>,
     /// Names of users from the config file; the catalog's of the same name do not count.
     config_users: Mutex<HashSet<String>>,
@@ -138,6 +186,10 @@ pub struct Directory {
     counts: DashMap<String, AtomicUsize>,
     ring: ArcSwap<Ring>,
     version: AtomicU64,
+    /// Whether the catalog is followed: then a tenant that is not here does not exist.
+    current: AtomicBool,
+    /// Names of tenants, for those who may not wait for a lock.
+    names: NameSet,
     provision: mpsc::Sender<ProvisionRequest>,
 }
 
@@ -145,13 +197,15 @@ impl Directory {
     /// An empty directory. Requests for new tenants go to `provision`.
     pub fn new(provision: mpsc::Sender<ProvisionRequest>) -> Self {
         Self {
-            tenants: DashMap::new(),
+            tenants: Tenants::new(),
             users: DashMap::new(),
             config_users: Mutex::default(),
             shards: DashMap::new(),
             counts: DashMap::new(),
             ring: ArcSwap::from_pointee(Ring::new([])),
             version: AtomicU64::new(1),
+            current: AtomicBool::new(false),
+            names: NameSet::default(),
             provision,
         }
     }
@@ -163,7 +217,13 @@ impl Directory {
 
     /// The tenant, whatever its status (a `Deleted` or `Creating` one is not here).
     pub fn find(&self, id: &str) -> Option<Arc<Tenant>> {
-        self.tenants.get(id).map(|entry| entry.clone())
+        self.tenants.get(id)
+    }
+
+    /// Whether a tenant may have this name. Sometimes wrong, never with a no; takes no lock.
+    #[inline]
+    pub fn may_have(&self, name: &[u8]) -> bool {
+        self.names.may_have(name)
     }
 
     /// The application user of this name.
@@ -178,7 +238,7 @@ impl Directory {
 
     /// Whether no tenant is known.
     pub fn is_empty(&self) -> bool {
-        self.tenants.is_empty()
+        self.len() == 0
     }
 
     /// The shard of this name, as it is for new tenants.
@@ -198,14 +258,39 @@ impl Directory {
         self.counts.get(shard).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
+    /// The shard that this tenant has to itself.
+    pub fn own_shard(&self, id: &TenantId) -> Option<Arc<Shard>> {
+        self.shards.iter().find(|shard| shard.dedicated_to.as_ref() == Some(id)).map(|entry| entry.clone())
+    }
+
     /// The shard where a new tenant goes; none if no shard takes tenants.
     pub fn place(&self, id: &TenantId) -> Option<Arc<Shard>> {
         self.ring.load().place(id.as_str()).and_then(|name| self.shard(name))
     }
 
-    /// Calls `visit` for every tenant; for start-up and shard changes, never on a client's way.
-    pub fn for_each_tenant(&self, mut visit: impl FnMut(&Arc<Tenant>)) {
-        self.tenants.iter().for_each(|entry| visit(&entry));
+    /// Every tenant; for start-up, snapshots and shards that move, never on a client's way.
+    pub fn tenants(&self) -> impl Iterator<Item = Arc<Tenant>> {
+        self.tenants.iter()
+    }
+
+    /// Bytes that a tenant uses, as last measured.
+    pub fn storage(&self, id: &str) -> Option<u64> {
+        self.tenants.storage(id)
+    }
+
+    /// Notes what was measured; whether the tenant is known.
+    pub fn set_storage(&self, id: &str, bytes: u64) -> bool {
+        self.tenants.set_storage(id, bytes)
+    }
+
+    /// Whether the catalog is followed, so that a tenant that is not here does not exist.
+    pub fn is_current(&self) -> bool {
+        self.current.load(Ordering::Acquire)
+    }
+
+    /// Says whether the catalog is followed.
+    pub fn set_current(&self, current: bool) {
+        self.current.store(current, Ordering::Release);
     }
 
     /// Puts a shard in place and makes the ring anew. Tenants hold their own copy: put them again.
@@ -222,15 +307,20 @@ impl Directory {
 
     fn make_ring(&self) {
         let shards = self.shards();
-        self.ring.store(Arc::new(Ring::new(shards.iter().map(|shard| (shard.name.as_str(), shard.weight)))));
+        let shared = shards.iter().filter(|shard| shard.dedicated_to.is_none());
+        self.ring.store(Arc::new(Ring::new(shared.map(|shard| (shard.name.as_str(), shard.weight)))));
         self.version.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Puts a tenant's new state in place. Only whoever follows the catalog does, so that no older state wins.
-    pub fn put(&self, tenant: Tenant) -> Arc<Tenant> {
-        let tenant = Arc::new(tenant);
-        let old = self.tenants.insert(tenant.id.clone(), tenant.clone());
-        self.counts.entry(tenant.shard.name.clone()).or_default().fetch_add(1, Ordering::Relaxed);
+    pub fn put(&self, tenant: impl Into<Arc<Tenant>>) -> Arc<Tenant> {
+        let tenant = tenant.into();
+        self.names.add(tenant.id.as_str());
+        let old = self.tenants.put(tenant.clone());
+        match self.counts.get(&tenant.shard.name) {
+            Some(count) => count.fetch_add(1, Ordering::Relaxed),
+            None => self.counts.entry(tenant.shard.name.clone()).or_default().fetch_add(1, Ordering::Relaxed),
+        };
         self.uncount(old.as_deref());
         self.version.fetch_add(1, Ordering::AcqRel);
         tenant
@@ -238,7 +328,7 @@ impl Directory {
 
     /// Forgets a tenant.
     pub fn remove(&self, id: &str) -> Option<Arc<Tenant>> {
-        let old = self.tenants.remove(id).map(|(_, t)| t);
+        let old = self.tenants.remove(id);
         self.uncount(old.as_deref());
         self.version.fetch_add(1, Ordering::AcqRel);
         old
@@ -264,16 +354,24 @@ impl Directory {
 
     /// Puts an application user of the catalog in place, unless the config file has one of that name.
     pub fn put_user(&self, user: AppUser) {
-        if !self.config_users.lock().contains(&user.name) {
+        let known = self.user(&user.name).is_some_and(|known| *known == user);
+        if !known && !self.config_users.lock().contains(&user.name) {
             self.users.insert(user.name.clone(), Arc::new(user));
+            self.version.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     /// Forgets an application user of the catalog.
     pub fn remove_user(&self, name: &str) {
-        if !self.config_users.lock().contains(name) {
-            self.users.remove(name);
+        if !self.config_users.lock().contains(name) && self.users.remove(name).is_some() {
+            self.version.fetch_add(1, Ordering::AcqRel);
         }
+    }
+
+    /// The application users that come from the catalog.
+    pub fn catalog_users(&self) -> Vec<Arc<AppUser>> {
+        let of_config = self.config_users.lock();
+        self.users.iter().filter(|user| !of_config.contains(user.key())).map(|user| user.clone()).collect()
     }
 
     /// Names of all application users.

@@ -14,19 +14,21 @@ use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
 use super::params::Params;
+use super::passwords::Passwords;
+use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
 use super::tls::ClientTls;
-use super::{Settings, Slot};
-use crate::config::Secret;
+use super::{DATABASE, Settings, Slot};
 use crate::directory::Shard;
-use crate::error::{PgError, sqlstate};
+use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::Metrics;
 use crate::stream::{Socket, Stream};
-use crate::tenant::credential::{nonce, server_password};
+use crate::tenant::credential::nonce;
+use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
 use crate::wire::frame::{self, HEADER};
-use crate::wire::message::{self, Authentication, ErrorFields};
+use crate::wire::message::{self, Authentication, Cursor, ErrorFields, Malformed};
 
 /// A connection to a server, logged in as a tenant's role.
 pub struct ServerConnection {
@@ -36,6 +38,8 @@ pub struct ServerConnection {
     pub settings: Arc<Settings>,
     /// What the server reported last.
     pub params: Arc<Params>,
+    /// Settings made on it since, other than those of `params`.
+    pub applied: Arc<Carried>,
     /// Prepared statements it has.
     pub prepared: Prepared,
     /// Cancels under way for it.
@@ -46,7 +50,14 @@ pub struct ServerConnection {
     pub last_used: Instant,
     pub(super) slot: Slot,
     target: Arc<Target>,
-    role: Arc<str>,
+    role: Role,
+}
+
+/// Who a server connection must be.
+#[derive(Debug, Clone)]
+struct Role {
+    name: Arc<str>,
+    may_be_superuser: bool,
 }
 
 /// How to reach one shard.
@@ -62,7 +73,7 @@ pub struct Connector {
     /// Longest life of a connection.
     pub server_lifetime: Duration,
     tls: Arc<ClientTls>,
-    master_secret: Secret,
+    passwords: Passwords,
     /// Keys of the last login, by shard and role, so that a login costs no PBKDF2.
     keys: DashMap<(String, Arc<str>), CachedKeys>,
     dialers: DashMap<String, Arc<Dialer>>,
@@ -104,20 +115,21 @@ impl Connector {
     /// A connector for all shards.
     pub fn new(
         tls: Arc<ClientTls>,
-        master_secret: Secret,
+        passwords: Passwords,
         server_connect_timeout: Duration,
         server_lifetime: Duration,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (keys, dialers) = (DashMap::new(), DashMap::new());
-        Self { server_connect_timeout, server_lifetime, tls, master_secret, keys, dialers, metrics }
+        Self { server_connect_timeout, server_lifetime, tls, passwords, keys, dialers, metrics }
     }
 
     fn dialer(&self, shard: &Arc<Shard>) -> Arc<Dialer> {
-        if let Some(dialer) = self.dialers.get(&shard.name) {
-            if dialer.shard == *shard {
-                return dialer.clone();
-            }
+        if let Some(dialer) = self.dialers.get(&shard.name)
+            && dialer.shard.host == shard.host
+            && dialer.shard.port == shard.port
+        {
+            return dialer.clone();
         }
         let dialer = Arc::new(Dialer { shard: shard.clone(), tls: self.tls.clone() });
         self.dialers.insert(shard.name.clone(), dialer.clone());
@@ -152,8 +164,11 @@ impl Connector {
         result.map_err(|error| match error {
             ServerError::Server(error) => error,
             ServerError::Io(error) => unreachable(&tenant.shard).detail(format!("The connection failed: {error}.")),
-            error @ ServerError::Identity { .. } => {
-                self.metrics.count_violation("identity", "closed", tenant.id.as_str());
+            error @ ServerError::Identity { name, .. } => {
+                let kind = if name == "is_superuser" { Kind::Superuser } else { Kind::Identity };
+                // Nobody's doing but the administrator's, who has changed the role.
+                let attempt = Violation::new(kind, Action::Closed, tenant.id.as_str(), "", "login to the server");
+                self.metrics.report(attempt.what(error.to_string()));
                 tracing::error!(tenant = %tenant.id, shard = tenant.shard.name, %error, "server connection closed");
                 PgError::fatal(sqlstate::INTERNAL, "the server logged in as somebody else")
             }
@@ -171,21 +186,27 @@ impl Connector {
         application_name: Arc<str>,
     ) -> Result<ServerConnection, ServerError> {
         let tenant = slot.pool().tenant().clone();
-        let role: Arc<str> = tenant.role().into();
+        let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
         let mut stream = dialer.dial().await?;
         let mut out = BytesMut::with_capacity(256);
         let ours = tenant.startup_settings();
-        let identity = [("user", &*role), ("database", tenant.database())];
-        let names = settings.iter().chain(&ours).map(|(name, value)| (name.as_str(), value.as_str()));
+        // Among the settings there is a database only where the plan lets clients choose it.
+        let chosen = settings.iter().find(|(name, _)| name == DATABASE && tenant.plan.clients_choose_place());
+        let database = chosen.map_or(tenant.database(), |(_, database)| database);
+        let identity = [("user", &*role.name), ("database", database)];
+        let names = settings.iter().filter(|(name, _)| name != DATABASE).chain(&ours);
+        let names = names.map(|(name, value)| (name.as_str(), value.as_str()));
+        // Of a setting that is named twice the last one counts.
+        let names = tenant.plan.startup_defaults().iter().copied().chain(names);
         let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
         message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
         stream.send_all(&out).await?;
         let mut login = Login { stream, buf: Vec::new(), read: 0 };
-        let password = server_password(self.master_secret.expose(), &role);
-        let known = (tenant.shard.name.clone(), role.clone());
+        let password = self.passwords.of(&tenant);
+        let known = (tenant.shard.name.clone(), role.name.clone());
         let cached = self.keys.get(&known).map(|keys| keys.clone());
-        if let Some(keys) = login.authenticate(&role, &password, cached).await? {
+        if let Some(keys) = login.authenticate(&role.name, password.expose(), cached).await? {
             if self.keys.len() >= MAX_CACHED_KEYS {
                 self.keys.clear();
             }
@@ -200,7 +221,8 @@ impl Connector {
         Ok(ServerConnection {
             stream: login.stream,
             settings,
-            params: Arc::new(params),
+            params: slot.pool().intern(Arc::new(params)),
+            applied: slot.pool().intern_carried(Arc::default()),
             prepared: Prepared::default(),
             cancels,
             expires: now + lifetime,
@@ -332,7 +354,7 @@ impl Login {
     }
 
     /// Reads up to the first ReadyForQuery: parameters and cancel key.
-    async fn finish(&mut self, role: &str) -> Result<(Params, u32, Vec<u8>), ServerError> {
+    async fn finish(&mut self, role: &Role) -> Result<(Params, u32, Vec<u8>), ServerError> {
         let mut params = Params::default();
         let (mut pid, mut secret) = (0, Vec::new());
         loop {
@@ -408,12 +430,12 @@ fn parameter(body: &[u8]) -> Result<(&str, &str), ServerError> {
     Ok((name, std::str::from_utf8(value).unwrap_or("?")))
 }
 
-/// The free check of every server connection: it is the tenant's role, and no superuser.
-fn check_identity(role: &str, name: &str, value: &str) -> Result<(), ServerError> {
+/// The free check of every server connection: it is the tenant's role, and no superuser where there are others.
+fn check_identity(role: &Role, name: &str, value: &str) -> Result<(), ServerError> {
     let wrong = |name| Err(ServerError::Identity { name, value: value.to_owned() });
     match name {
-        "session_authorization" if value != role => wrong("session_authorization"),
-        "is_superuser" if value != "off" => wrong("is_superuser"),
+        "session_authorization" if value != &*role.name => wrong("session_authorization"),
+        "is_superuser" if value != "off" && !role.may_be_superuser => wrong("is_superuser"),
         _ => Ok(()),
     }
 }
@@ -431,7 +453,7 @@ impl ServerConnection {
     pub fn note_parameter(&mut self, body: &[u8]) -> Result<(), ServerError> {
         let (name, value) = parameter(body)?;
         check_identity(&self.role, name, value)?;
-        self.params = self.params.with(name, value);
+        self.params = self.slot.pool().intern(self.params.with(name, value));
         Ok(())
     }
 
@@ -441,11 +463,19 @@ impl ServerConnection {
     }
 
     /// Runs statements of ours, each as a simple Query, outside a transaction. Not cancel safe: a connection on which
-    /// this did not return `Ok` must be closed.
+    /// this did not return `Ok` or [`ServerError::Server`] with severity ERROR must be closed.
     ///
     /// # Errors
     /// Those of the socket; the server's, if a statement fails; a protocol that is out of step.
     pub async fn simple_queries(&mut self, statements: &[&str]) -> Result<(), ServerError> {
+        self.rows(statements).await.map(drop)
+    }
+
+    /// Like [`Self::simple_queries`], and returns the rows that come: texts, or NULL.
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn rows(&mut self, statements: &[&str]) -> Result<Vec<Vec<Option<String>>>, ServerError> {
         let mut out = BytesMut::with_capacity(64);
         for sql in statements {
             message::query(&mut out, sql);
@@ -453,16 +483,45 @@ impl ServerConnection {
         self.prepared.unnamed = None;
         self.stream.send_all(&out).await?;
         let (mut buf, mut read) = (Vec::new(), 0);
-        let mut ready = 0;
+        let (mut ready, mut rows, mut failed) = (0, Vec::new(), None);
         while ready < statements.len() {
-            let (tag, body) = next_message(&mut self.stream, &mut buf, &mut read).await?;
+            let (tag, body) = match next_message(&mut self.stream, &mut buf, &mut read).await {
+                // The statement failed; its ReadyForQuery comes all the same.
+                Err(ServerError::Server(error)) if error.severity == Severity::Error => {
+                    failed.get_or_insert(error);
+                    continue;
+                }
+                other => other?,
+            };
             match tag {
                 b'S' => self.note_parameter(&body)?,
+                b'D' => rows.push(row(&body).map_err(|_| ServerError::Protocol("malformed DataRow"))?),
                 b'Z' if body == b"I" => ready += 1,
                 b'Z' => return Err(ServerError::Protocol("in a transaction where none was begun")),
                 _ => {}
             }
         }
-        if read < buf.len() { Err(ServerError::Protocol("bytes after the last ReadyForQuery")) } else { Ok(()) }
+        match failed {
+            _ if read < buf.len() => Err(ServerError::Protocol("bytes after the last ReadyForQuery")),
+            Some(error) => Err(ServerError::Server(error)),
+            None => Ok(rows),
+        }
     }
+}
+
+/// The values of a DataRow in text format.
+fn row(body: &[u8]) -> Result<Vec<Option<String>>, Malformed> {
+    let mut cursor = Cursor::new(body);
+    let columns = cursor.i16()?;
+    let mut values = Vec::new();
+    for _ in 0..columns {
+        let length = cursor.i32()?;
+        let value = match usize::try_from(length) {
+            Err(_) => None,
+            Ok(length) => Some(String::from_utf8_lossy(cursor.bytes(length)?).into_owned()),
+        };
+        values.push(value);
+    }
+    cursor.finish()?;
+    Ok(values)
 }

@@ -3,6 +3,7 @@
 //! Invariants: dropping a lease closes the connection; [`Lease::release`] is the only way back to the pool. A
 //! connection is held back while a cancel for it is under way, and while it is being reset.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -15,13 +16,13 @@ pub struct Lease {
     conn: Box<ServerConnection>,
 }
 
-/// What the client left behind.
+/// What has to happen before the next client gets the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Residue {
-    /// Nothing that the next client of the tenant could notice.
-    None,
-    /// Possibly settings, temporary tables, locks, cursors, …
-    Session,
+pub enum CheckIn {
+    /// Nothing: the client left nothing behind, or all that it left is known ([`ServerConnection::applied`]).
+    Clean,
+    /// A reset: there may be settings, temporary tables, locks, cursors, …
+    Reset,
 }
 
 /// What a reset consists of. Two messages: `DISCARD ALL` must be alone, and `RESET ALL` before it disarms a
@@ -40,14 +41,14 @@ impl Lease {
 
     /// Gives the connection back. The caller vouches that it is idle: the last ReadyForQuery said `I` and no reply is
     /// outstanding. What takes time (a reset, a cancel under way) happens off the caller's path.
-    pub fn release(self, residue: Residue, reset_timeout: Duration, now: Instant) {
+    pub fn release(self, check_in: CheckIn, reset_timeout: Duration, now: Instant) {
         let Self { conn } = self;
         let pool = conn.slot.pool().clone();
-        if residue == Residue::None && !conn.cancels.under_way() {
+        if check_in == CheckIn::Clean && !conn.cancels.under_way() {
             pool.checkin(conn, now);
         } else {
             tokio::spawn(async move {
-                if let Some(conn) = make_clean(conn, residue, reset_timeout).await {
+                if let Some(conn) = make_clean(conn, check_in, reset_timeout).await {
                     pool.checkin(conn, Instant::now());
                 }
             });
@@ -65,20 +66,21 @@ impl Lease {
 /// The connection, clean; `None` if there is any doubt, and then it is closed.
 async fn make_clean(
     mut conn: Box<ServerConnection>,
-    residue: Residue,
+    check_in: CheckIn,
     reset_timeout: Duration,
 ) -> Option<Box<ServerConnection>> {
     let work = async {
         conn.cancels.settled().await;
-        match residue {
-            Residue::None => Ok(()),
-            Residue::Session => conn.simple_queries(&RESET).await,
+        match check_in {
+            CheckIn::Clean => Ok(()),
+            CheckIn::Reset => conn.simple_queries(&RESET).await,
         }
     };
     match tokio::time::timeout(reset_timeout, work).await {
         Ok(Ok(())) => {
-            if residue == Residue::Session {
+            if check_in == CheckIn::Reset {
                 conn.prepared.clear();
+                conn.applied = conn.slot.pool().intern_carried(Arc::default());
             }
             Some(conn)
         }

@@ -11,6 +11,8 @@ pub mod cancel;
 pub mod connect;
 pub mod lease;
 pub mod params;
+pub mod passwords;
+pub mod residue;
 pub mod scram;
 pub mod shard;
 pub mod statements;
@@ -34,11 +36,15 @@ use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
 pub use lease::Lease;
 use params::Params;
+use residue::Carried;
 use shard::{Budget, Ticket};
 use statements::Registry;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
+
+/// The one that is no setting but the database that the client asked for; only where a plan lets it choose.
+pub const DATABASE: &str = "database";
 
 /// How many connections, and for how long. See `[pool]` in the configuration.
 #[derive(Debug, Clone)]
@@ -73,6 +79,7 @@ pub struct Pool {
 }
 
 #[derive(Default)]
+#[expect(clippy::vec_box, reason = "a connection moves at every checkout: a pointer is cheaper than its fields")]
 struct State {
     /// Most recently used last.
     idle: Vec<Box<ServerConnection>>,
@@ -84,7 +91,27 @@ struct State {
     retired: bool,
     /// What a server reported at login, by startup settings.
     welcome: Vec<(Arc<Settings>, Arc<Params>)>,
+    /// Equal parameters are kept once, so that comparing them is comparing pointers.
+    params: Vec<Arc<Params>>,
+    /// The same for settings that are carried.
+    carried: Vec<Arc<Carried>>,
 }
+
+fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<T> {
+    if let Some(same) = known.iter().find(|known| **known == value) {
+        return same.clone();
+    }
+    if known.len() >= KEPT {
+        known.retain(|known| Arc::strong_count(known) > 1);
+    }
+    if known.len() < KEPT * KEPT {
+        known.push(value.clone());
+    }
+    value
+}
+
+/// Kept values above which those that nobody holds are forgotten.
+const KEPT: usize = 32;
 
 struct Waiter {
     settings: Arc<Settings>,
@@ -93,6 +120,9 @@ struct Waiter {
     ticket: Ticket,
     reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
 }
+
+/// Before the next login to a server that takes no more connections.
+const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// Server connections to a shard.
 #[derive(Debug, Clone, Copy, Default)]
@@ -132,10 +162,11 @@ impl Pools {
     ///
     /// Its connections live in the runtime that calls this first.
     pub fn get(&self, tenant: &Arc<Tenant>) -> Arc<Pool> {
-        if let Some(pool) = self.pools.get(&tenant.id) {
-            if pool.tenant.epoch == tenant.epoch && !pool.state.lock().retired {
-                return pool.clone();
-            }
+        if let Some(pool) = self.pools.get(&tenant.id)
+            && pool.tenant.epoch == tenant.epoch
+            && !pool.state.lock().retired
+        {
+            return pool.clone();
         }
         let pool = Arc::new(Pool {
             tenant: tenant.clone(),
@@ -250,6 +281,16 @@ impl Pool {
     pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
         let state = self.state.lock();
         state.welcome.iter().find(|(have, _)| have == settings).map(|(_, params)| params.clone())
+    }
+
+    /// The one of its kind among the parameters of the tenant's clients and servers.
+    pub fn intern(&self, params: Arc<Params>) -> Arc<Params> {
+        one_of_its_kind(&mut self.state.lock().params, params)
+    }
+
+    /// The one of its kind among the settings that the tenant's clients take along.
+    pub fn intern_carried(&self, carried: Arc<Carried>) -> Arc<Carried> {
+        one_of_its_kind(&mut self.state.lock().carried, carried)
     }
 
     /// A connection that is idle now; `None` if there is none or others wait.
@@ -425,13 +466,19 @@ impl Pool {
         }
     }
 
-    /// Tells the first in line, unless others of this tenant have connections that will come back: then it waits on.
+    /// Tells the first in line. If the server is full (another proxy may use it, too), those who wait go on waiting, as
+    /// they do when our own budget is spent.
     fn login_failed(self: &Arc<Self>, error: PgError) {
-        let waiter = {
-            let mut state = self.state.lock();
-            let busy = state.open > state.connecting + state.idle.len();
-            if busy && error.code == sqlstate::TOO_MANY_CONNECTIONS { None } else { state.waiters.pop_front() }
-        };
+        if error.code == sqlstate::TOO_MANY_CONNECTIONS {
+            self.budget.evict_for(self);
+            let pool = self.clone();
+            self.worker.spawn(async move {
+                tokio::time::sleep(SERVER_FULL_PAUSE).await;
+                pool.serve();
+            });
+            return;
+        }
+        let waiter = self.state.lock().waiters.pop_front();
         if let Some(waiter) = waiter {
             let _ = waiter.reply.send(Err(CheckoutError::Failed(error)));
             self.serve();
@@ -502,8 +549,8 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 
 impl State {
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
-        let same = |conn: &Box<ServerConnection>| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
-        self.idle.iter().rposition(same)
+        let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
+        self.idle.iter().rposition(|conn| same(conn))
     }
 
     /// Whether [`State::take_idle`] would find something.

@@ -1,6 +1,5 @@
 //! What a server reports of its settings (ParameterStatus), and how they are carried from one connection to another.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use crate::tenant::sql::Literal;
@@ -9,7 +8,8 @@ use crate::tenant::sql::Literal;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Params(Vec<(Box<str>, Box<str>)>);
 
-/// Reported, but no client can set them: they are never carried.
+/// Reported, but no client can set them: they are never carried. `search_path`, reported from PostgreSQL 18 on, is one
+/// that clients do set; it is no wall, so it is theirs.
 const FIXED: &[&str] = &[
     "server_version",
     "server_encoding",
@@ -17,8 +17,10 @@ const FIXED: &[&str] = &[
     "is_superuser",
     "session_authorization",
     "in_hot_standby",
-    "search_path",
 ];
+
+/// Reported by PostgreSQL 18, but carried as settings that are not, so that all versions are treated alike.
+const CARRIED_ANYWAY: &[&str] = &["search_path"];
 
 impl Params {
     /// The value reported last.
@@ -50,18 +52,16 @@ impl Params {
         self.0.iter().map(|(name, value)| (&**name, &**value))
     }
 
-    /// A statement that brings a server from `self` to `wanted`; `None` if nothing has to change.
-    pub fn script_to(&self, wanted: &Self) -> Option<String> {
-        let mut script = String::new();
-        for (name, value) in wanted.iter() {
-            if FIXED.contains(&name) || self.get(name) == Some(value) {
-                continue;
-            }
-            script.push_str(if script.is_empty() { "SELECT " } else { ", " });
-            // Writing to a String cannot fail.
-            let _ = write!(script, "pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value));
-        }
-        (!script.is_empty()).then_some(script)
+    /// Whether the server reports this setting, in whatever case it is written.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|(have, _)| have.eq_ignore_ascii_case(name) && !CARRIED_ANYWAY.contains(&&**have))
+    }
+
+    /// The calls of `set_config` that bring a server from `self` to `wanted`.
+    pub fn changes_to(&self, wanted: &Self) -> Vec<String> {
+        let differs = |(name, value): &(&str, &str)| !FIXED.contains(name) && self.get(name) != Some(*value);
+        let call = |(name, value)| format!("pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value));
+        wanted.iter().filter(differs).map(call).collect()
     }
 
     fn find(&self, name: &str) -> Result<usize, usize> {
@@ -80,11 +80,11 @@ mod tests {
         server.set("DateStyle", "ISO, MDY");
         server.set("server_version", "15.1");
         let server = Arc::new(server);
-        assert_eq!(server.script_to(&server.with("server_version", "16")), None);
+        assert!(server.changes_to(&server.with("server_version", "16")).is_empty());
         assert!(Arc::ptr_eq(&server, &server.with("TimeZone", "UTC")));
         assert_eq!(
-            server.script_to(&server.with("TimeZone", "Mars/'x")).unwrap(),
-            "SELECT pg_catalog.set_config('TimeZone', 'Mars/''x', false)"
+            server.changes_to(&server.with("TimeZone", "Mars/'x")).concat(),
+            "pg_catalog.set_config('TimeZone', 'Mars/''x', false)"
         );
     }
 }

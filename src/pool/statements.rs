@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::residue::Residue;
+
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
@@ -22,10 +24,12 @@ pub struct Statement {
     pub name: Box<[u8]>,
     /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
     pub body: Box<[u8]>,
-    /// Whether running it may leave something behind in the session.
-    pub leaves_state: bool,
+    /// What running it may leave behind in the session.
+    pub residue: Residue,
     /// Whether a server has accepted it.
     pub accepted: AtomicBool,
+    /// Whether what it returns has changed since: who prepares the same text again gets a new one.
+    pub outdated: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -71,22 +75,27 @@ impl Registry {
     /// The statement with this body, if a server has accepted it before.
     pub fn accepted(&self, body: &[u8]) -> Option<Arc<Statement>> {
         let known = self.known.lock();
-        known.get(body).map(|ByBody(statement)| statement.clone()).filter(|s| s.accepted.load(Ordering::Relaxed))
+        let usable = |s: &Arc<Statement>| s.accepted.load(Ordering::Relaxed) && !s.outdated.load(Ordering::Relaxed);
+        known.get(body).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
-    /// The statement with this body (see [`Statement::body`]); `leaves_state` is asked only when it is new.
-    pub fn intern(&self, body: &[u8], leaves_state: impl FnOnce() -> bool) -> Arc<Statement> {
+    /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new.
+    pub fn intern(&self, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let mut known = self.known.lock();
         if let Some(ByBody(statement)) = known.get(body) {
-            return statement.clone();
+            if !statement.outdated.load(Ordering::Relaxed) {
+                return statement.clone();
+            }
+            known.remove(body);
         }
         if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
             known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let statement =
-            Arc::new(Statement { id, name, body: body.into(), leaves_state: leaves_state(), accepted: false.into() });
+        let (body, residue) = (body.into(), residue());
+        let statement = Statement { id, name, body, residue, accepted: false.into(), outdated: false.into() };
+        let statement = Arc::new(statement);
         known.insert(ByBody(statement.clone()));
         statement
     }
@@ -144,6 +153,13 @@ impl Prepared {
         self.have.remove(&id);
     }
 
+    /// Notes that the server no longer runs the statement as it was prepared.
+    pub fn outdate(&self, id: u64) {
+        if let Some(held) = self.have.get(&id) {
+            held.statement.outdated.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Notes that nothing is prepared any more.
     pub fn clear(&mut self) {
         self.have.clear();
@@ -168,18 +184,32 @@ mod tests {
     #[test]
     fn identity_is_text_and_types() {
         let registry = Registry::default();
-        let a = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", || false);
-        let b = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x19", || false);
-        let again = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", || true);
+        let a = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", Residue::none);
+        let b = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x19", Residue::none);
+        let again = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", Residue::anything);
         assert_ne!(a.id, b.id);
         assert!(Arc::ptr_eq(&a, &again));
         assert_ne!(a.name, b.name);
     }
 
     #[test]
+    fn an_outdated_statement_is_not_given_out_again() {
+        let registry = Registry::default();
+        let old = registry.intern(b"a\0\0\0", Residue::none);
+        old.accepted.store(true, Ordering::Relaxed);
+        let mut prepared = Prepared::default();
+        prepared.add(old.clone(), 2);
+        prepared.outdate(old.id);
+        assert!(registry.accepted(b"a\0\0\0").is_none());
+        let new = registry.intern(b"a\0\0\0", Residue::none);
+        assert_ne!(old.name, new.name);
+        assert!(Arc::ptr_eq(&new, &registry.intern(b"a\0\0\0", Residue::none)));
+    }
+
+    #[test]
     fn the_least_recently_used_is_closed() {
         let registry = Registry::default();
-        let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern(body, || false));
+        let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern(body, Residue::none));
         let mut prepared = Prepared::default();
         assert!(prepared.add(a.clone(), 2).is_none());
         assert!(prepared.add(b.clone(), 2).is_none());

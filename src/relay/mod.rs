@@ -4,9 +4,14 @@
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
 pub mod flow;
+pub mod guard;
+pub mod lex;
 pub mod scan;
 pub mod session;
+pub mod settle;
+pub mod track;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,21 +23,25 @@ use bytes::BytesMut;
 use tokio::time::{Instant, Sleep};
 
 use crate::client::signals::{Signal, Signals};
-use crate::config::PoolMode;
+use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
 use crate::metrics::{Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
-use crate::pool::connect::server_error;
-use crate::pool::lease::Residue;
+use crate::pool::connect::{ServerError, server_error};
+use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
+use crate::pool::residue::Carried;
 use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
+use crate::violation::{self, Action, Kind, Violation};
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 use flow::Flow;
-use session::{Link, Session, Statements, Verdict};
+use guard::{Neighbours, Seat};
+use lex::Lex;
+use session::{Link, Session, Verdict, Ward};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -67,6 +76,15 @@ pub struct Rules {
     pub idle_transaction_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
+    /// What becomes of statements that reach for another tenant.
+    pub guard: GuardMode,
+}
+
+impl Rules {
+    /// How long the server may take to set or tell a session's settings.
+    fn settle_timeout(&self) -> Duration {
+        self.server_reset_timeout.max(Duration::from_secs(1))
+    }
 }
 
 /// An authenticated client, greeted and ready for its first query.
@@ -95,6 +113,10 @@ pub struct Client {
     pub stats: Arc<TenantStats>,
     /// What to do.
     pub rules: Arc<Rules>,
+    /// The name it logged in with.
+    pub user: Arc<str>,
+    /// Where it comes from.
+    pub from: Arc<str>,
 }
 
 /// How a connection ended.
@@ -111,17 +133,19 @@ pub enum End {
 }
 
 /// Serves the client until it leaves. Dropping the future closes both connections.
-pub async fn run(client: Client, worker: Arc<Worker>) -> End {
+pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+    // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, worker);
-    let end = relay.serve().await;
-    if let End::Told(error) = &end {
-        relay.say_goodbye(error).await;
+    async move {
+        let end = relay.serve().await;
+        match &end {
+            End::Told(error) => Box::pin(relay.say_goodbye(error)).await,
+            // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
+            End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
+            End::Left | End::Lost => {}
+        }
+        end
     }
-    // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
-    if relay.client.stream.is_tls() && matches!(end, End::Server | End::Told(_)) {
-        let _ = tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await;
-    }
-    end
 }
 
 struct Relay {
@@ -139,10 +163,18 @@ struct Relay {
     query_since: Option<Instant>,
     transaction_since: Option<Instant>,
     ready_at: Instant,
+    /// Settings that the client takes along, other than those that the server reports.
+    carried: Arc<Carried>,
+    /// Why the client keeps its server connection between transactions.
+    pinned: Option<settle::Reason>,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
-    /// The server takes no more, or has sent its farewell.
+    /// The server takes no more.
     server_deaf: bool,
+    /// The server has said why it closes.
+    farewell: bool,
+    /// The guard has counted the last text and let it through: what the server says to it is not counted again.
+    observed: Cell<bool>,
 }
 
 /// What a client does next.
@@ -162,12 +194,9 @@ enum Outcome {
 
 impl Relay {
     fn new(mut client: Client, worker: Arc<Worker>) -> Self {
-        let statements = match (client.rules.pool_mode, client.rules.max_prepared_statements) {
-            (PoolMode::Transaction, max) if max > 0 => Statements::Shared(max),
-            _ => Statements::PassThrough,
-        };
-        let session = Session::new(client.id, statements);
+        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
+        let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(&std::mem::take(&mut client.early));
         Self {
             client,
@@ -181,8 +210,12 @@ impl Relay {
             query_since: None,
             transaction_since: None,
             ready_at: Instant::now(),
+            carried,
+            pinned: None,
             leaving: false,
             server_deaf: false,
+            farewell: false,
+            observed: Cell::new(false),
         }
     }
 
@@ -192,10 +225,16 @@ impl Relay {
                 Next::Request => {}
                 Next::Leave(end) => return end,
             }
-            let lease = match self.checkout().await {
-                Ok(Some(lease)) => lease,
-                Ok(None) => continue,
-                Err(error) => return error,
+            if let Err(error) = self.route() {
+                return End::Told(error);
+            }
+            let lease = match self.pool.try_checkout(&self.client.settings) {
+                Some(lease) => lease,
+                None => match Box::pin(self.checkout()).await {
+                    Ok(Some(lease)) => lease,
+                    Ok(None) => continue,
+                    Err(end) => return end,
+                },
             };
             if let Some(end) = self.lend(lease).await {
                 return end;
@@ -325,14 +364,15 @@ impl Relay {
         Ok(())
     }
 
-    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it.
+    /// Answers the request at hand with an error, skipping all of it: up to the Query or Sync that ends it. The error
+    /// goes out at once: a driver that sends Flush waits for it before it sends Sync.
     async fn refuse_request(&mut self, mut error: PgError) -> Result<(), End> {
         self.worker.metrics.count_error(&error.code, "proxy");
         error.severity = crate::error::Severity::Error;
+        // At once: a client that has sent a Flush sends its Sync only when it has seen the error.
+        message::error_response(self.down.out(&self.worker.buffers), &error);
         poll_fn(|cx| self.poll_skip_request(cx)).await?;
-        let out = self.down.out(&self.worker.buffers);
-        message::error_response(out, &error);
-        message::ready_for_query(out, b'I');
+        message::ready_for_query(self.down.out(&self.worker.buffers), b'I');
         Ok(())
     }
 
@@ -355,6 +395,12 @@ impl Relay {
                 self.up.swallow(header.total);
                 continue;
             }
+            if let Poll::Ready(Signal::Kill(reason) | Signal::Drain(reason)) = self.client.signals.poll(cx) {
+                return Poll::Ready(Err(End::Told(reason)));
+            }
+            if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
+                return Poll::Ready(Err(End::Lost));
+            }
             match std::task::ready!(self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers)) {
                 Ok(0) => return Poll::Ready(Err(End::Left)),
                 Ok(n) => self.count_client_in(n),
@@ -365,13 +411,22 @@ impl Relay {
 
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
     async fn lend(&mut self, mut lease: Lease) -> Option<End> {
-        if let Err(end) = self.carry_settings(&mut lease).await {
+        let conn = lease.conn();
+        let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
+        if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
             return Some(end);
         }
         self.client.key.entry.bind(lease.conn().cancel_target());
         self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
-        (self.waits, self.server_deaf) = (Waits::Nobody, false);
-        let outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
+        (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
+        let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
+        while matches!(outcome, Outcome::Done) && self.must_settle() {
+            outcome = match Box::pin(self.settle(&mut lease)).await {
+                Err(error) => Outcome::Told(error),
+                Ok(()) if self.pinned.is_none() => break,
+                Ok(()) => poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await,
+            };
+        }
         self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
         self.client.key.entry.unbind();
         match outcome {
@@ -388,7 +443,7 @@ impl Relay {
                 Some(End::Lost)
             }
             // Its own words, if it had any, are on their way to the client.
-            Outcome::ServerGone if self.server_deaf && !self.down.in_frame() => {
+            Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
                 poll_fn(|cx| self.poll_send_down(cx)).await.ok();
                 Some(End::Server)
             }
@@ -404,40 +459,75 @@ impl Relay {
     }
 
     fn give_back(&mut self, mut lease: Lease) {
-        let residue = if self.session.take_residue() { Residue::Session } else { Residue::None };
+        let clean = self.session.take_residue().is_none() && self.pinned.is_none();
+        self.pin(None);
         self.client.params = lease.conn().params.clone();
-        lease.release(residue, self.client.rules.server_reset_timeout, self.ready_at);
+        let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
+        lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
 
     /// Makes the server's settings the client's, where they differ. Happens outside any transaction, before the
     /// client's first byte is sent.
     async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
         let conn = lease.conn();
-        if Arc::ptr_eq(&conn.params, &self.client.params) {
-            return Ok(());
-        }
-        if let Some(script) = conn.params.script_to(&self.client.params) {
+        if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
-            let limit = self.client.rules.server_reset_timeout.max(Duration::from_secs(1));
-            match tokio::time::timeout(limit, work).await {
+            let failed = |detail: String| {
+                let text = "could not restore the session's settings";
+                End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
+            };
+            match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    let error =
-                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                            .detail(format!("{error}."));
-                    return Err(End::Told(error));
-                }
-                Err(_) => {
-                    let error =
-                        PgError::fatal(sqlstate::CONNECTION_FAILURE, "could not restore the session's settings")
-                            .detail("The server did not answer in time.");
-                    return Err(End::Told(error));
-                }
+                Ok(Err(error)) => return Err(failed(format!("{error}."))),
+                Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
             }
         }
-        self.client.params = lease.conn().params.clone();
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
         Ok(())
+    }
+
+    /// Whether something may be left on the server connection that has to be found out before it can go back, or stay.
+    fn must_settle(&self) -> bool {
+        self.client.rules.pool_mode == PoolMode::Auto && self.session.has_residue() && !self.leaving
+    }
+
+    /// Finds out what the transaction has left behind, while the client already has its answer.
+    async fn settle(&mut self, lease: &mut Lease) -> Result<(), PgError> {
+        poll_fn(|cx| {
+            // As much of it as it takes: whether it has gone is found out later.
+            let _ = self.poll_send_down(cx);
+            Poll::Ready(())
+        })
+        .await;
+        let residue = self.session.take_residue();
+        let conn = lease.conn();
+        let failed = |detail: String| {
+            let text = "lost track of the session's state";
+            PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail).hint("Connect again.")
+        };
+        let work = settle::settle(conn, &residue, &self.carried);
+        let settled = tokio::time::timeout(self.client.rules.settle_timeout(), work).await;
+        let settled = settled
+            .map_err(|_| failed("The server did not say in time what the session holds.".to_owned()))?
+            .map_err(|error| failed(format!("{error}.")))?;
+        self.carried = self.pool.intern_carried(settled.carried);
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
+        self.pin(settled.pinned);
+        Ok(())
+    }
+
+    fn pin(&mut self, reason: Option<settle::Reason>) {
+        let pinned = &self.worker.stats.clients_pinned;
+        if let Some(old) = self.pinned {
+            pinned[old].fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(new) = reason {
+            pinned[new].fetch_add(1, Ordering::Relaxed);
+        }
+        self.pinned = reason;
     }
 
     fn poll_exchange(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Outcome> {
@@ -462,7 +552,7 @@ impl Relay {
             if self.is_over() {
                 return Poll::Ready(Outcome::Done);
             }
-            if self.leaving && self.session.is_idle_in_transaction() {
+            if self.leaving && self.session.waits_for_client() {
                 return Poll::Ready(Outcome::ClientGone);
             }
             if down.is_pending() && up.is_pending() {
@@ -474,7 +564,11 @@ impl Relay {
     /// Whether the server connection has done its work for this client.
     #[inline]
     fn is_over(&self) -> bool {
-        let wanted = self.client.rules.pool_mode == PoolMode::Transaction || self.leaving;
+        let wanted = match self.client.rules.pool_mode {
+            PoolMode::Transaction => true,
+            PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
+            PoolMode::Session => self.leaving,
+        };
         wanted && self.session.is_idle() && !self.up.has_output() && !self.up.mid_frame() && !self.down.in_frame()
     }
 
@@ -482,10 +576,10 @@ impl Relay {
     fn poll_up(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Option<Outcome>> {
         let mut moved = false;
         loop {
-            if !self.up.has_output() {
-                if let Err(outcome) = self.scan_client(lease) {
-                    return Poll::Ready(Some(outcome));
-                }
+            if !self.up.has_output()
+                && let Err(outcome) = self.scan_client(lease)
+            {
+                return Poll::Ready(Some(outcome));
             }
             if self.up.has_output() {
                 let conn = lease.conn();
@@ -541,7 +635,8 @@ impl Relay {
                 self.transaction_since.get_or_insert(now);
             }
             let seen = unseen.len().min(header.total);
-            let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements };
+            let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+            let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
@@ -551,11 +646,27 @@ impl Relay {
                     scratch.clear();
                     self.up.replace(seen, header.total - seen);
                 }
+                Verdict::Instead => {
+                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.up.swallow(header.total);
+                }
             }
             if self.session.owes_answer() {
                 self.session.flush_ours(self.down.out(&self.worker.buffers));
             }
         }
+    }
+
+    /// The server says that its connection is somebody else's now.
+    fn stranger(&self, error: &ServerError) -> Outcome {
+        let kind = match error {
+            ServerError::Identity { name: "is_superuser", .. } => Kind::Superuser,
+            _ => Kind::Identity,
+        };
+        self.worker.metrics.report(attempt(&self.client, kind, Action::Closed).what(error.to_string()));
+        let message = "connection closed: the session's identity changed";
+        Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, message))
     }
 
     /// Server to client. `Ready(None)`: something moved.
@@ -609,18 +720,18 @@ impl Relay {
                 b'S' => {
                     let conn = lease.conn();
                     if let Err(error) = conn.note_parameter(&frame[HEADER..]) {
-                        return Err(violation(&self.worker.metrics, &self.client.tenant, &error));
+                        return Err(self.stranger(&error));
                     }
                     self.client.params = conn.params.clone();
                 }
-                b'E' => self.server_deaf |= note_error(&self.worker, &self.client, frame),
+                b'E' => self.farewell |= note_error(&self.worker, &self.client, &self.observed, frame),
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
             match verdict.map_err(|desync| out_of_step(&desync))? {
                 Verdict::Forward => self.down.approve(header.total),
                 Verdict::Swallow => self.down.swallow(header.total),
-                Verdict::Replace => {
+                Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
                     self.down.swallow(header.total);
@@ -648,12 +759,12 @@ impl Relay {
         if let Some(since) = self.query_since.take() {
             stats.query_time.observe(now.duration_since(since));
         }
-        if self.session.status() == b'I' {
-            if let Some(since) = self.transaction_since.take() {
-                stats.transactions.fetch_add(1, Ordering::Relaxed);
-                self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
-                stats.transaction_time.observe(now.duration_since(since));
-            }
+        if self.session.status() == b'I'
+            && let Some(since) = self.transaction_since.take()
+        {
+            stats.transactions.fetch_add(1, Ordering::Relaxed);
+            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            stats.transaction_time.observe(now.duration_since(since));
         }
         self.ready_at = now;
     }
@@ -726,13 +837,23 @@ impl Relay {
         if !self.down.mid_frame() {
             message::error_response(self.down.out(buffers), &farewell);
         }
-        let send = poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers));
-        let _ = tokio::time::timeout(FAREWELL, send).await;
+        let goodbye = async {
+            poll_fn(|cx| self.down.poll_send(cx, &mut self.client.stream, buffers)).await?;
+            self.client.stream.shutdown().await
+        };
+        // It is going anyway.
+        let _ = tokio::time::timeout(FAREWELL, goodbye).await;
     }
 }
 
 /// How long a client may take to read why its connection ends.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.pin(None);
+    }
+}
 
 /// Whom an exchange waits for, as far as timeouts are concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -775,25 +896,72 @@ fn out_of_step(what: &dyn std::fmt::Display) -> Outcome {
     )
 }
 
-fn violation(metrics: &Metrics, tenant: &Tenant, error: &dyn std::fmt::Display) -> Outcome {
-    metrics.count_violation("identity", "closed", tenant.id.as_str());
-    tracing::error!(tenant = %tenant.id, %error, "connection closed: isolation violation");
-    Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, "connection closed: the session's identity changed"))
+/// An attempt of this client's.
+fn attempt(client: &Client, kind: Kind, action: Action) -> Violation {
+    Violation::new(kind, action, client.tenant.id.as_str(), &client.user, &client.from)
 }
 
-/// Counts a server's error; `true` if it is the server's farewell. Permission denied for another tenant's schema is an
-/// attempt to cross, blocked by the wall.
-fn note_error(worker: &Worker, client: &Client, frame: &[u8]) -> bool {
+/// Whether the name is that of a tenant, and not of the client's own.
+fn is_other_tenant(worker: &Worker, client: &Client, name: &str) -> bool {
+    name != client.tenant.id.as_str()
+        && worker.directory.may_have(name.as_bytes())
+        && worker.directory.find(name).is_some()
+}
+
+/// Looks after what a client says, see [`guard`].
+struct Guard<'a> {
+    worker: &'a Worker,
+    client: &'a Client,
+    observed: &'a Cell<bool>,
+}
+
+impl Ward for Guard<'_> {
+    fn looks(&self) -> bool {
+        self.observed.set(false);
+        self.client.rules.guard != GuardMode::Off
+    }
+
+    fn lex(&self) -> Lex {
+        let params = &self.client.params;
+        Lex::new(params.get("standard_conforming_strings"), params.get("client_encoding"))
+    }
+
+    fn may_be_tenant(&self, name: &[u8]) -> bool {
+        self.worker.directory.may_have(name) && name != self.client.tenant.id.as_str().as_bytes()
+    }
+
+    fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {
+        let (tenant, role) = (&self.client.tenant, self.client.tenant.role());
+        let is_tenant = |name: &str| name != role && is_other_tenant(self.worker, self.client, name);
+        let seat = Seat { role: &role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
+        let refusal = guard::judge(text, lex, &seat)?;
+        let refused = self.client.rules.guard == GuardMode::Enforce;
+        let action = if refused { Action::Refused } else { Action::Observed };
+        let attempt = attempt(self.client, Kind::Guard, action).what(refusal.what());
+        self.worker.metrics.report(attempt.statement(guard::fingerprint(text, lex)));
+        self.observed.set(!refused);
+        refused.then(|| refusal.error())
+    }
+
+    fn function_call_refused(&self) {
+        let attempt = attempt(self.client, Kind::FunctionCall, Action::Refused);
+        self.worker.metrics.report(attempt.what("FunctionCall message"));
+    }
+}
+
+/// Counts a server's error; `true` if it is the server's farewell. What is denied because it belongs to another tenant
+/// is an attempt to cross, blocked by the wall.
+fn note_error(worker: &Worker, client: &Client, observed: &Cell<bool>, frame: &[u8]) -> bool {
     let error = server_error(&frame[HEADER..]);
     worker.metrics.count_error(&error.code, "server");
     client.stats.errors.fetch_add(1, Ordering::Relaxed);
-    if error.code == sqlstate::INSUFFICIENT_PRIVILEGE {
-        let foreign = error.message.strip_prefix("permission denied for schema ");
-        let own = client.tenant.id.as_str();
-        if foreign.is_some_and(|schema| schema != own && worker.directory.find(schema).is_some()) {
-            worker.metrics.count_violation("permission_denied", "blocked", own);
-            tracing::warn!(tenant = own, message = error.message, "isolation violation blocked by the server");
-        }
+    let neighbours = Neighbours::of(client.tenant.plan);
+    if neighbours != Neighbours::None
+        && !observed.get()
+        && violation::is_denial(&error, neighbours == Neighbours::Rows, |name| is_other_tenant(worker, client, name))
+    {
+        // The message is the server's about names, without values.
+        worker.metrics.report(attempt(client, Kind::PermissionDenied, Action::Blocked).what(error.message));
     }
     error.severity == crate::error::Severity::Fatal
 }

@@ -1,55 +1,129 @@
-//! A cheap look at SQL text: may running it leave something behind in the session? No I/O, no allocation.
+//! A cheap look at SQL text, once, without allocation and without I/O: may running it leave something behind in the
+//! session, and is there anything in it that the guard should read with care?
 //!
-//! The answer decides whether a server connection is reset before the next client of the same tenant gets it. It is a
-//! question of correctness, not of isolation: *yes* is always safe and costs a reset, so everything unknown is *yes*.
+//! The first answer decides whether a server connection is reset before the next client of the same tenant gets it. It
+//! is a question of correctness, not of isolation: *yes* is always safe and costs a reset, so everything unknown is
+//! *yes*. The second one is *yes* for whatever [`guard::judge`](super::guard::judge) could possibly refuse; it costs
+//! the reading.
 
-/// Whether running this text may leave session state behind: settings, temporary tables, locks, cursors, prepared
-/// statements, subscriptions, or whatever a function that is not known to be harmless does.
-pub fn leaves_state(sql: &[u8]) -> bool {
-    Scanner { sql, at: 0, first: true, after_into: false }.run()
+use super::lex::{self, Lex};
+
+/// What a look at a text has shown.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Running this text may leave session state behind: settings, temporary tables, locks, cursors, prepared
+    /// statements, subscriptions, or whatever a function that is not known to be harmless does.
+    pub leaves_state: bool,
+    /// The guard has to read it.
+    pub suspicious: bool,
 }
 
-struct Scanner<'a> {
+/// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
+/// yes too often.
+#[inline]
+pub fn look(sql: &[u8], lex: Lex, is_name: impl Fn(&[u8]) -> bool) -> Seen {
+    Scanner::new(sql, lex, is_name).run()
+}
+
+/// See [`Seen::leaves_state`].
+pub fn leaves_state(sql: &[u8]) -> bool {
+    look(sql, Lex::default(), |_| false).leaves_state
+}
+
+/// Whether the first word of the text, white space and comments aside, is this one (lower case).
+pub fn begins_with(sql: &[u8], word: &[u8]) -> bool {
+    let mut scanner = Scanner::new(sql, Lex::default(), |_| false);
+    loop {
+        scanner.skip_while(|b| lex::is_space(b) || b == b';');
+        match sql.get(scanner.at) {
+            Some(b'-') if scanner.next_is(b'-') => scanner.skip_while(|b| b != b'\n' && b != b'\r'),
+            Some(b'/') if scanner.next_is(b'*') => scanner.at = lex::comment_end(sql, scanner.at),
+            _ => break,
+        }
+    }
+    let rest = &sql[scanner.at..];
+    let ends = rest.get(word.len()).is_none_or(|b| !(b.is_ascii_alphanumeric() || *b == b'_' || *b >= 0x80));
+    ends && rest.get(..word.len()).is_some_and(|found| found.eq_ignore_ascii_case(word))
+}
+
+/// Whether a word before a parenthesis is no call, or the call of a function that leaves nothing behind (lower case).
+pub(super) fn is_harmless_call(word: &[u8]) -> bool {
+    KEYWORDS.binary_search(&word).is_ok() || HARMLESS.binary_search(&word).is_ok()
+}
+
+struct Scanner<'a, N> {
     sql: &'a [u8],
     at: usize,
+    lex: Lex,
+    is_name: N,
     /// At the first word of a statement.
     first: bool,
     /// The next name is a table, and a parenthesis after it a column list.
     after_into: bool,
+    /// The statement is a COPY.
+    copy: bool,
+    /// The name that was read last, if nothing but white space and comments followed it.
+    name: (usize, usize),
+    seen: Seen,
 }
 
-impl Scanner<'_> {
-    fn run(mut self) -> bool {
+impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
+    fn new(sql: &'a [u8], lex: Lex, is_name: N) -> Self {
+        let seen = Seen::default();
+        Self { sql, at: 0, lex, is_name, first: true, after_into: false, copy: false, name: (0, 0), seen }
+    }
+
+    fn run(mut self) -> Seen {
         while let Some(&byte) = self.sql.get(self.at) {
             let unsure = match byte {
                 b'a'..=b'z' | b'A'..=b'Z' | b'_' | 0x80.. => self.word(),
-                b'0'..=b'9' => {
-                    self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_');
-                    false
-                }
-                b'\'' => self.string(),
                 b'"' => self.quoted_name(),
-                b'$' => self.dollar(),
-                b'-' if self.next_is(b'-') => {
-                    self.skip_while(|b| b != b'\n');
-                    false
-                }
-                b'/' if self.next_is(b'*') => self.comment(),
-                b';' => {
-                    (self.first, self.after_into) = (true, false);
+                b' ' | b'\n' | b'\t' | b'\r' | b'\x0c' | b'\x0b' => {
                     self.at += 1;
+                    continue;
+                }
+                b'-' if self.next_is(b'-') => {
+                    self.skip_while(|b| b != b'\n' && b != b'\r');
+                    continue;
+                }
+                b'/' if self.next_is(b'*') => {
+                    self.at = lex::comment_end(self.sql, self.at);
+                    continue;
+                }
+                b'.' => {
+                    self.dot();
                     false
                 }
                 _ => {
-                    self.at += 1;
-                    false
+                    self.name = (0, 0);
+                    match byte {
+                        b'0'..=b'9' => {
+                            self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_');
+                            false
+                        }
+                        b'\'' => self.string(self.lex.backslashes),
+                        b'$' => {
+                            self.at = lex::dollar_end(self.sql, self.at).map_or(self.at + 1, |end| end.1);
+                            false
+                        }
+                        b';' => {
+                            (self.first, self.after_into, self.copy) = (true, false, false);
+                            self.at += 1;
+                            false
+                        }
+                        _ => {
+                            self.at += 1;
+                            false
+                        }
+                    }
                 }
             };
-            if unsure {
-                return true;
+            self.seen.leaves_state |= unsure;
+            if self.seen.leaves_state && self.seen.suspicious {
+                break;
             }
         }
-        false
+        self.seen
     }
 
     fn next_is(&self, byte: u8) -> bool {
@@ -63,33 +137,84 @@ impl Scanner<'_> {
 
     fn word(&mut self) -> bool {
         let start = self.at;
-        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'$' || b >= 0x80);
+        self.skip_while(lex::continues_name);
+        self.name = (start, self.at);
         let mut lower = [0; 32];
         let word = &self.sql[start..self.at];
         // A longer word is no keyword and no function of the list.
-        let Some(lower) = lower.get_mut(..word.len()) else { return self.first || self.is_call() };
+        let Some(lower) = lower.get_mut(..word.len()) else {
+            return std::mem::take(&mut self.first) || self.is_call();
+        };
         lower.copy_from_slice(word);
         lower.make_ascii_lowercase();
         let word: &[u8] = lower;
+        if let Some(unsure) = self.prefix(word) {
+            return unsure;
+        }
         if std::mem::take(&mut self.first) {
+            // Nine in ten, which need no search.
+            if let b"select" | b"insert" | b"update" | b"delete" | b"begin" | b"commit" | b"end" | b"rollback" = word {
+                return false;
+            }
+            self.seen.suspicious |= READ.binary_search(&word).is_ok();
+            self.copy = word == b"copy";
             return self.first_word(word);
+        }
+        if is_key(word) || (self.copy && word == b"program") {
+            self.seen.suspicious = true;
         }
         if matches!(word, b"temp" | b"temporary") || word.starts_with(b"pg_temp") {
             return true;
         }
         if self.sql.get(self.at) == Some(&b'.') {
             // A qualified name: vouched for only in pg_catalog.
-            self.at += 1;
-            return word != b"pg_catalog" && !self.after_into && self.qualified_call();
+            if word == b"pg_catalog" {
+                self.at += 1;
+                return false;
+            }
+            self.dot();
+            return !self.after_into && self.qualified_call();
         }
         let table = std::mem::replace(&mut self.after_into, word == b"into");
         self.is_call() && !table && KEYWORDS.binary_search(&word).is_err() && HARMLESS.binary_search(&word).is_err()
     }
 
+    /// `E'…'`, `U&'…'`, `U&"…"`: the letter belongs to what follows.
+    fn prefix(&mut self, word: &[u8]) -> Option<bool> {
+        match (word, self.sql.get(self.at), self.sql.get(self.at + 1)) {
+            (b"e", Some(b'\''), _) => Some(self.string(true)),
+            (b"u", Some(b'&'), Some(b'"' | b'\'')) => {
+                self.seen.suspicious = true;
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// After a name: what follows belongs to it.
+    fn dot(&mut self) {
+        self.at += 1;
+        let (start, end) = std::mem::take(&mut self.name);
+        let quoted = self.sql.get(start) == Some(&b'"');
+        let name = &self.sql[start..end];
+        let name = if quoted { name.get(1..name.len().saturating_sub(1)).unwrap_or_default() } else { name };
+        // Longer names are cut off by the server.
+        let name = &name[..name.len().min(lex::MAX_NAME)];
+        let mut lower = [0; lex::MAX_NAME];
+        let lower = &mut lower[..name.len()];
+        lower.copy_from_slice(name);
+        if !quoted {
+            lower.make_ascii_lowercase();
+        }
+        if !lower.is_empty() && (self.is_name)(lower) {
+            self.seen.suspicious = true;
+        }
+    }
+
     /// `SET LOCAL` and `SET TRANSACTION` end with the transaction; `SET` and the like do not.
     fn first_word(&mut self, word: &[u8]) -> bool {
         if word == b"set" {
-            self.skip_while(|b| b.is_ascii_whitespace());
+            self.skip_while(lex::is_space);
             let rest = &self.sql[self.at..];
             let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
@@ -108,57 +233,66 @@ impl Scanner<'_> {
         if self.sql.get(self.at) == Some(&b'"') {
             return self.quoted_name();
         }
-        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'$' || b >= 0x80);
+        let start = self.at;
+        self.skip_while(lex::continues_name);
+        self.name = (start, self.at);
         self.is_call()
     }
 
     fn quoted_name(&mut self) -> bool {
+        let start = self.at;
         self.at += 1;
         self.skip_while(|b| b != b'"');
+        let name = &self.sql[start + 1..self.at];
         self.at = (self.at + 1).min(self.sql.len());
+        // A doubled quote is one in the name.
+        self.seen.suspicious |= self.sql.get(self.at) == Some(&b'"') || is_key(name);
+        self.name = (start, self.at);
         let table = std::mem::take(&mut self.after_into);
         self.first || (self.is_call() && !table)
     }
 
     /// A literal. A backslash in it may or may not escape, which depends on settings: unsure.
-    fn string(&mut self) -> bool {
-        self.at += 1;
+    fn string(&mut self, backslashes: bool) -> bool {
         let start = self.at;
-        self.skip_while(|b| b != b'\'');
-        let body = &self.sql[start..self.at];
-        self.at = (self.at + 1).min(self.sql.len());
-        body.contains(&b'\\')
-    }
-
-    fn dollar(&mut self) -> bool {
-        let start = self.at;
-        self.at += 1;
-        self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'_' || b >= 0x80);
-        if self.sql.get(self.at) != Some(&b'$') {
-            // A parameter such as $1.
-            return false;
-        }
-        self.at += 1;
-        let delimiter = &self.sql[start..self.at];
-        let rest = &self.sql[self.at..];
-        let end = rest.windows(delimiter.len()).position(|w| w == delimiter);
-        self.at += end.map_or(rest.len(), |end| end + delimiter.len());
-        false
-    }
-
-    fn comment(&mut self) -> bool {
-        self.at += 2;
-        let mut depth = 1;
-        while depth > 0 && self.at < self.sql.len() {
-            match (self.sql[self.at], self.sql.get(self.at + 1)) {
-                (b'*', Some(b'/')) => (depth, self.at) = (depth - 1, self.at + 2),
-                (b'/', Some(b'*')) => (depth, self.at) = (depth + 1, self.at + 2),
-                _ => self.at += 1,
-            }
-        }
-        false
+        self.at = lex::string_end(self.sql, start, backslashes);
+        self.name = (0, 0);
+        self.sql[start..self.at].contains(&b'\\')
     }
 }
+
+/// Names by which settings are changed without SET.
+#[inline]
+fn is_key(word: &[u8]) -> bool {
+    matches!(word, b"set_config" | b"pg_settings")
+}
+
+/// First words of statements that the guard reads. Sorted.
+const READ: &[&[u8]] = &[
+    b"alter",
+    b"base_backup",
+    b"call",
+    b"comment",
+    b"create",
+    b"create_replication_slot",
+    b"do",
+    b"drop",
+    b"drop_replication_slot",
+    b"execute",
+    b"grant",
+    b"identify_system",
+    b"import",
+    b"load",
+    b"prepare",
+    b"read_replication_slot",
+    b"reassign",
+    b"reindex",
+    b"revoke",
+    b"security",
+    b"set",
+    b"start_replication",
+    b"timeline_history",
+];
 
 /// First words of statements that leave nothing behind by themselves. Sorted.
 const STATELESS: &[&[u8]] = &[
@@ -500,10 +634,26 @@ mod tests {
 
     #[test]
     fn lists_are_sorted() {
-        for list in [STATELESS, KEYWORDS, HARMLESS] {
+        for list in [READ, STATELESS, KEYWORDS, HARMLESS] {
             for pair in list.windows(2) {
                 assert!(pair[0] < pair[1], "{:?}", String::from_utf8_lossy(pair[1]));
             }
+        }
+    }
+
+    #[test]
+    fn the_first_word_is_found_behind_comments() {
+        for (sql, expected) in [
+            ("LISTEN a", true),
+            (" ;\n-- x\n/* y */listen\ta", true),
+            ("listen\"a\"", true),
+            ("listener", false),
+            ("select 'listen'", false),
+            ("", false),
+            ("lis", false),
+            ("/* listen", false),
+        ] {
+            assert_eq!(begins_with(sql.as_bytes(), b"listen"), expected, "{sql}");
         }
     }
 

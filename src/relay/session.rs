@@ -14,8 +14,12 @@ use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
-use super::scan;
+use super::lex::Lex;
+use super::{scan, track};
+use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
+use crate::pool::connect::server_error;
+use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
@@ -29,13 +33,15 @@ pub enum Verdict {
     Forward,
     /// What was inspected of it is replaced by what was appended to the output; the rest of it follows as it is.
     Replace,
+    /// All of it, inspected or not, is replaced by what was appended to the output.
+    Instead,
     /// It goes nowhere.
     Swallow,
 }
 
 /// How prepared statements are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Statements {
+enum Statements {
     /// The client keeps its server connection: names are passed on.
     PassThrough,
     /// Shared under names of ours; at most so many per server connection.
@@ -48,6 +54,36 @@ pub struct Link<'a> {
     pub prepared: &'a mut Prepared,
     /// The tenant's statements.
     pub registry: &'a Registry,
+    /// Looks after what is said.
+    pub ward: &'a dyn Ward,
+}
+
+/// Who looks after what a client says, with the knowledge that a [`Session`] does not have.
+pub trait Ward {
+    /// A text has come: whether anybody looks at it.
+    fn looks(&self) -> bool;
+    /// How the server reads a text of this client.
+    fn lex(&self) -> Lex;
+    /// Whether a name may be a tenant's; may say yes too often.
+    fn may_be_tenant(&self, name: &[u8]) -> bool;
+    /// Judges a suspicious text: what the client is told if it is refused.
+    fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
+    /// A FunctionCall was refused.
+    fn function_call_refused(&self);
+}
+
+/// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
+fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
+    let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
+    if !ward.looks() {
+        return Ok(residue(scan::leaves_state(text)));
+    }
+    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
+    let seen = scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name));
+    match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
+        Some(error) => Err(error),
+        None => Ok(residue(seen.leaves_state)),
+    }
 }
 
 /// One message that the server has yet to answer, or an answer that we owe.
@@ -58,8 +94,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
-    Bind,
-    Describe,
+    /// With the number of the shared statement, or [`NO_STATEMENT`].
+    Bind(u64),
+    Describe(u64),
     Execute,
     Close,
     /// A Parse of ours: its answer is for nobody.
@@ -71,11 +108,17 @@ enum Expect {
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
     OurParse(Box<[u8]>),
     /// CloseComplete, which we give ourselves when its turn comes; what was closed, should it be skipped.
-    OurClose(Option<Box<(Box<[u8]>, Arc<Statement>)>>),
+    OurClose(Option<Box<Closed>>),
     /// Bound to fail; the client gets this instead of the server's error. A Query, or a Parse.
     RefusedQuery(Box<PgError>),
     RefusedParse(Box<PgError>),
 }
+
+/// A closed statement's name and what it meant.
+type Closed = (Box<[u8]>, Arc<Statement>);
+
+/// Not a statement's number.
+const NO_STATEMENT: u64 = u64::MAX;
 
 #[derive(Debug)]
 struct ParseUndo {
@@ -88,6 +131,7 @@ struct ParseUndo {
 #[derive(Debug)]
 pub struct Session {
     client: u64,
+    pool_mode: PoolMode,
     statements: Statements,
     expects: VecDeque<Expect>,
     status: u8,
@@ -96,7 +140,7 @@ pub struct Session {
     /// Messages of the extended protocol since the last Sync.
     open_group: bool,
     copy_in: bool,
-    residue: bool,
+    residue: Residue,
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Vec<u8>>,
@@ -114,17 +158,23 @@ const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 95
 const MAX_UNNAMED: usize = 64 << 10;
 
 impl Session {
-    /// A conversation that begins. `client` is a number of its own.
-    pub fn new(client: u64, statements: Statements) -> Self {
+    /// A conversation that begins. `client` is a number of its own; at most `max_prepared` statements are prepared on a
+    /// server connection, 0 passes names through.
+    pub fn new(client: u64, pool_mode: PoolMode, max_prepared: usize) -> Self {
+        let statements = match pool_mode {
+            PoolMode::Transaction | PoolMode::Auto if max_prepared > 0 => Statements::Shared(max_prepared),
+            _ => Statements::PassThrough,
+        };
         Self {
             client,
+            pool_mode,
             statements,
             expects: VecDeque::new(),
             status: b'I',
             failed: false,
             open_group: false,
             copy_in: false,
-            residue: false,
+            residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
             unnamed: None,
@@ -143,6 +193,14 @@ impl Session {
         self.status != b'I' && self.expects.is_empty()
     }
 
+    /// Whether the server waits for the client, and does nothing more without: in a transaction, in a COPY, or in a
+    /// group of messages without its Sync.
+    pub fn waits_for_client(&self) -> bool {
+        let owed = |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
+        let mid_work = self.status != b'I' || self.open_group || self.failed;
+        self.copy_in || (mid_work && !self.expects.iter().any(owed))
+    }
+
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
     /// session loses nothing.
     pub fn status(&self) -> u8 {
@@ -155,9 +213,24 @@ impl Session {
         std::mem::take(&mut self.queries)
     }
 
-    /// Whether something may be left behind in the session; asked once, when the server connection goes back.
-    pub fn take_residue(&mut self) -> bool {
+    /// What may be left behind in the session; asked once, when the server connection goes back.
+    pub fn take_residue(&mut self) -> Residue {
         std::mem::take(&mut self.residue)
+    }
+
+    /// Whether anything may be left behind.
+    #[inline]
+    pub fn has_residue(&self) -> bool {
+        !self.residue.is_none()
+    }
+
+    /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
+    #[inline]
+    fn note_residue(&mut self, residue: &Residue, whole: bool) {
+        self.residue.unknown |= !whole;
+        if !residue.is_none() {
+            self.residue.merge(residue);
+        }
     }
 
     /// How much of a frame has to be at hand for [`Session::on_client`]: `have` is what has arrived, `limit` how much
@@ -197,7 +270,7 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         match header.tag {
-            b'Q' => Ok(self.query(header, frame, link)),
+            b'Q' => Ok(self.query(header, frame, link, out)),
             b'P' => self.parse(header, frame, link, out),
             b'B' => self.bind(header, frame, link, out),
             b'D' | b'C' => self.describe_or_close(header, frame, link, out),
@@ -223,9 +296,31 @@ impl Session {
                 }
                 Ok(Verdict::Forward)
             }
-            b'F' => Ok(self.function_call(frame, out)),
+            b'F' => Ok(self.function_call(frame, link.ward, out)),
             tag => Err(PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid frontend message type {tag}"))),
         }
+    }
+
+    /// Takes what is answered now. The end of a COPY that has come to the front by that was for a COPY that never
+    /// began, or has failed: the server ignores it.
+    #[inline]
+    fn take(&mut self) -> Option<Expect> {
+        let taken = self.expects.pop_front();
+        while matches!(self.expects.front(), Some(Expect::CopyEnd)) {
+            self.expects.pop_front();
+        }
+        taken
+    }
+
+    /// What cannot work when the server connection goes back after the transaction.
+    fn cannot_pool(&self, text: &[u8]) -> Option<PgError> {
+        if self.pool_mode != PoolMode::Transaction || !scan::begins_with(text, b"listen") {
+            return None;
+        }
+        let error =
+            PgError::error(sqlstate::FEATURE_NOT_SUPPORTED, "LISTEN does not work with pool_mode = \"transaction\"");
+        let detail = "Notifications would arrive at whoever uses the server connection next.";
+        Some(error.detail(detail).hint("Use pool_mode = \"session\"."))
     }
 
     fn push_extended(&mut self, expect: Expect) {
@@ -233,10 +328,16 @@ impl Session {
         self.expects.push_back(expect);
     }
 
-    fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>) -> Verdict {
+    fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
         let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
-        // A text that was not seen whole cannot be vouched for.
-        self.residue |= frame.len() < header.total || scan::leaves_state(text);
+        let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
+            Ok(residue) => residue,
+            Err(error) => {
+                (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
+                return self.refuse_query(error, out);
+            }
+        };
+        self.note_residue(&residue, frame.len() == header.total);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -256,13 +357,21 @@ impl Session {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
         let text = body.split(|&b| b == 0).next().unwrap_or_default();
         let whole = frame.len() == header.total;
+        let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
+            Ok(residue) => residue,
+            Err(error) => {
+                link.prepared.unnamed = None;
+                return Ok(self.refuse_parse(error, out));
+            }
+        };
         let Statements::Shared(max) = self.statements else {
-            self.residue |= !name.is_empty() || !whole || scan::leaves_state(text);
+            self.residue.unknown |= !name.is_empty();
+            self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
         if name.is_empty() {
-            self.residue |= !whole || scan::leaves_state(text);
+            self.note_residue(&residue, whole);
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -273,7 +382,7 @@ impl Session {
             let error = format!("prepared statement \"{shown}\" already exists");
             return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
         }
-        let statement = link.registry.intern(body, || scan::leaves_state(text));
+        let statement = link.registry.intern(body, || residue);
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -341,7 +450,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let Statements::Shared(max) = self.statements else {
-            self.push_extended(Expect::Bind);
+            self.push_extended(Expect::Bind(NO_STATEMENT));
             return Ok(Verdict::Forward);
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
@@ -349,10 +458,14 @@ impl Session {
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(name, out));
         };
+        let mut shared = NO_STATEMENT;
         let verdict = match statement {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Shared(statement) => {
-                self.residue |= statement.leaves_state;
+                shared = statement.id;
+                if !statement.residue.is_none() {
+                    self.residue.merge(&statement.residue);
+                }
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -369,7 +482,7 @@ impl Session {
                 Verdict::Replace
             }
         };
-        self.push_extended(Expect::Bind);
+        self.push_extended(Expect::Bind(shared));
         Ok(verdict)
     }
 
@@ -418,7 +531,7 @@ impl Session {
         let kind = if header.tag == b'D' { "Describe" } else { "Close" };
         let (&what, rest) = frame[HEADER..].split_first().ok_or_else(|| malformed(kind))?;
         let (name, _) = cstr(rest).ok_or_else(|| malformed(kind))?;
-        let expect = if header.tag == b'D' { Expect::Describe } else { Expect::Close };
+        let expect = if header.tag == b'D' { Expect::Describe(NO_STATEMENT) } else { Expect::Close };
         let Statements::Shared(max) = self.statements else {
             self.push_extended(expect);
             return Ok(Verdict::Forward);
@@ -440,6 +553,7 @@ impl Session {
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(name, out)) };
+        let mut shared = NO_STATEMENT;
         let verdict = match resolved {
             Resolved::AsNamed => Verdict::Forward,
             Resolved::Injected => {
@@ -447,21 +561,23 @@ impl Session {
                 Verdict::Replace
             }
             Resolved::Shared(statement) => {
+                shared = statement.id;
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
             }
         };
-        self.push_extended(expect);
+        self.push_extended(Expect::Describe(shared));
         Ok(verdict)
     }
 
-    fn function_call(&mut self, frame: &[u8], out: &mut BytesMut) -> Verdict {
+    fn function_call(&mut self, frame: &[u8], ward: &dyn Ward, out: &mut BytesMut) -> Verdict {
         let oid = frame.get(HEADER..HEADER + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
         self.open_group = false;
         if oid.is_some_and(|oid| LARGE_OBJECT_FUNCTIONS.contains(&oid)) {
             self.expects.push_back(Expect::Function);
             return Verdict::Forward;
         }
+        ward.function_call_refused();
         let error = PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "function calls by the fast path are refused")
             .detail("pgusher passes on FunctionCall messages for large objects only.")
             .hint("Call the function in a SELECT.");
@@ -472,7 +588,7 @@ impl Session {
     fn refuse_query(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
         message::query(out, REJECTED);
         self.expects.push_back(Expect::RefusedQuery(Box::new(error)));
-        Verdict::Replace
+        Verdict::Instead
     }
 
     /// Lets the server reject a Parse in the place of what the client sent.
@@ -480,7 +596,7 @@ impl Session {
         message::parse(out, b"", REJECTED.as_bytes(), &[0, 0]);
         self.unnamed = None;
         self.push_extended(Expect::RefusedParse(Box::new(error)));
-        Verdict::Replace
+        Verdict::Instead
     }
 
     /// Gives the answers of ours whose turn it is.
@@ -493,7 +609,7 @@ impl Session {
                 _ => return,
             };
             answers.extend_from_slice(&[tag, 0, 0, 0, 4]);
-            self.expects.pop_front();
+            self.take();
         }
     }
 
@@ -527,8 +643,8 @@ impl Session {
     ) -> Result<Verdict, Desync> {
         match header.tag {
             b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
-                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe)) {
-                    self.expects.pop_front();
+                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
@@ -539,11 +655,11 @@ impl Session {
             }
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute)) {
-                    self.expects.pop_front();
+                    self.take();
                 }
                 Ok(Verdict::Forward)
             }
-            b'1' => match self.expects.pop_front() {
+            b'1' => match self.take() {
                 Some(Expect::Parse(parsed)) => {
                     if let Some(parsed) = parsed {
                         parsed.statement.accepted.store(true, Ordering::Relaxed);
@@ -553,13 +669,13 @@ impl Session {
                 Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
-            b'2' => self.pop(|e| matches!(e, Expect::Bind), b'2'),
-            b'3' => match self.expects.pop_front() {
+            b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
+            b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
-            b'E' => Ok(self.error(prepared, out)),
+            b'E' => Ok(self.error(frame, prepared, out)),
             b'G' => {
                 self.begin_copy_in();
                 Ok(Verdict::Forward)
@@ -569,7 +685,7 @@ impl Session {
     }
 
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
-        match self.expects.pop_front() {
+        match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
             _ => Err(Desync(tag)),
         }
@@ -589,17 +705,25 @@ impl Session {
             prepared.clear();
         }
         if matches!(self.expects.front(), Some(Expect::Execute)) {
-            self.expects.pop_front();
+            self.take();
         }
     }
 
     /// An error: the server skips to the next Sync, unless it is in a simple Query, which ends by itself.
-    fn error(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+    fn error(&mut self, frame: &[u8], prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
         self.copy_in = false;
+        if let Some(&Expect::Bind(id) | &Expect::Describe(id)) = self.expects.front()
+            && id != NO_STATEMENT
+            && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
+        {
+            // "cached plan must not change result type": a table has changed under it. On a server the client would
+            // prepare again under another name; that must not bring it back to this one.
+            prepared.outdate(id);
+        }
         let verdict = match self.expects.front() {
             Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
                 message::error_response(out, error);
-                Verdict::Replace
+                Verdict::Instead
             }
             _ => Verdict::Forward,
         };
@@ -616,7 +740,7 @@ impl Session {
                 None => break,
                 Some(_) => {}
             }
-            if let Some(skipped) = self.expects.pop_front() {
+            if let Some(skipped) = self.take() {
                 self.undo(skipped, prepared);
             }
         }
@@ -643,7 +767,7 @@ impl Session {
                 self.named.insert(closed.0, closed.1);
             }
             // The server still has it under a name that we consider free: a reset makes it so.
-            Expect::InjectedClose => self.residue = true,
+            Expect::InjectedClose => self.residue.unknown = true,
             _ => {}
         }
     }
@@ -678,4 +802,272 @@ pub struct Desync(pub u8);
 
 fn malformed(kind: &str) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid {kind} message"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes SET ROLE for suspicious and refuses it.
+    struct Guard;
+
+    impl Ward for Guard {
+        fn looks(&self) -> bool {
+            true
+        }
+
+        fn lex(&self) -> Lex {
+            Lex::default()
+        }
+
+        fn may_be_tenant(&self, _: &[u8]) -> bool {
+            false
+        }
+
+        fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {
+            text.starts_with(b"SET ROLE").then(|| PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "no"))
+        }
+
+        fn function_call_refused(&self) {}
+    }
+
+    /// A session and the server connection that it uses, as far as there is one.
+    struct Both {
+        session: Session,
+        prepared: Prepared,
+        registry: Registry,
+    }
+
+    fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap();
+        [&[tag][..], &length.to_be_bytes(), body].concat()
+    }
+
+    impl Both {
+        fn new(pool_mode: PoolMode) -> Self {
+            let session = Session::new(1, pool_mode, 2);
+            Self { session, prepared: Prepared::default(), registry: Registry::new(Arc::default()) }
+        }
+
+        /// What goes to the server for this frame of the client, and what the client is answered at once.
+        fn client(&mut self, tag: u8, body: &[u8]) -> (String, String) {
+            let frame = message(tag, body);
+            let header = frame::header(&frame).unwrap().unwrap();
+            let (mut out, mut answers) = (BytesMut::new(), BytesMut::new());
+            let mut link = Link { prepared: &mut self.prepared, registry: &self.registry, ward: &Guard };
+            let verdict = self.session.on_client(header, &frame, &mut link, &mut out).unwrap();
+            self.session.flush_ours(&mut answers);
+            let sent = match verdict {
+                Verdict::Forward => frame,
+                Verdict::Swallow => Vec::new(),
+                Verdict::Replace | Verdict::Instead => out.to_vec(),
+            };
+            (tags(&sent), tags(&answers))
+        }
+
+        /// What the client gets for this frame of the server.
+        fn server(&mut self, tag: u8, body: &[u8]) -> Result<String, Desync> {
+            let frame = message(tag, body);
+            let header = frame::header(&frame).unwrap().unwrap();
+            let mut out = BytesMut::new();
+            let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
+                Verdict::Forward => frame,
+                Verdict::Swallow => Vec::new(),
+                Verdict::Replace | Verdict::Instead => out.to_vec(),
+            };
+            let mut answers = BytesMut::new();
+            self.session.flush_ours(&mut answers);
+            got.extend_from_slice(&answers);
+            Ok(tags(&got))
+        }
+
+        fn servers(&mut self, frames: &[(u8, &[u8])]) -> String {
+            frames.iter().map(|(tag, body)| self.server(*tag, body).unwrap()).collect()
+        }
+    }
+
+    /// The tags of a run of messages.
+    fn tags(mut bytes: &[u8]) -> String {
+        let mut tags = String::new();
+        while let Some(header) = frame::header(bytes).unwrap() {
+            tags.push(char::from(header.tag));
+            bytes = &bytes[header.total..];
+        }
+        assert!(bytes.is_empty(), "half a message");
+        tags
+    }
+
+    const READY: (u8, &[u8]) = (b'Z', b"I");
+    const IN_TX: (u8, &[u8]) = (b'Z', b"T");
+    const ERROR: (u8, &[u8]) = (b'E', b"SERROR\0C42601\0Mno\0\0");
+
+    #[test]
+    fn a_connection_is_free_when_all_is_answered_and_no_transaction_open() {
+        let mut both = Both::new(PoolMode::Transaction);
+        both.client(b'Q', b"BEGIN\0");
+        assert!(!both.session.is_idle());
+        both.servers(&[(b'C', b"BEGIN\0"), IN_TX]);
+        assert!(!both.session.is_idle() && both.session.is_idle_in_transaction());
+        // Two at once: the first answer is not the last.
+        both.client(b'Q', b"COMMIT\0");
+        both.client(b'Q', b"SELECT 1\0");
+        both.servers(&[(b'C', b"COMMIT\0"), READY]);
+        assert!(!both.session.is_idle());
+        both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+        assert!(both.session.is_idle());
+        assert_eq!(both.session.take_queries(), 3);
+    }
+
+    #[test]
+    fn without_a_sync_the_connection_is_kept() {
+        let mut both = Both::new(PoolMode::Transaction);
+        both.client(b'P', b"\0SELECT 1\0\0\0");
+        both.client(b'H', b"");
+        both.servers(&[(b'1', b"")]);
+        assert!(!both.session.is_idle(), "the implicit transaction is open until Sync");
+        both.client(b'S', b"");
+        both.servers(&[READY]);
+        assert!(both.session.is_idle());
+    }
+
+    #[test]
+    fn an_answer_that_nobody_waits_for_is_out_of_step() {
+        for frame in [READY, (b'1', b""), (b'2', b""), (b'3', b""), (b'R', b"\0\0\0\0"), (b'Z', b"?")] {
+            assert!(Both::new(PoolMode::Session).server(frame.0, frame.1).is_err(), "{}", char::from(frame.0));
+        }
+    }
+
+    #[test]
+    fn names_are_ours_and_answers_keep_their_order() {
+        let mut both = Both::new(PoolMode::Transaction);
+        assert_eq!(both.client(b'P', b"a\0SELECT 1\0\0\0"), ("P".into(), String::new()));
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'1', b""), READY]), "1Z");
+        // The same text under another name is known; its answer waits behind the Bind before it.
+        assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "B");
+        assert_eq!(both.client(b'P', b"b\0SELECT 1\0\0\0"), (String::new(), String::new()));
+        assert_eq!(both.client(b'C', b"Sb\0"), (String::new(), String::new()));
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'2', b""), READY]), "213Z");
+    }
+
+    #[test]
+    fn a_statement_is_parsed_again_where_it_is_missing() {
+        let mut both = Both::new(PoolMode::Transaction);
+        both.client(b'P', b"a\0SELECT 1\0\0\0");
+        both.client(b'P', b"\0SELECT 2\0\0\0");
+        both.client(b'S', b"");
+        both.servers(&[(b'1', b""), (b'1', b""), READY]);
+        both.prepared = Prepared::default();
+        assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
+        assert_eq!(both.client(b'D', b"S\0").0, "PD");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), (b'1', b""), (b't', b""), (b'n', b""), READY]), "2tnZ");
+        assert!(both.session.is_idle());
+    }
+
+    #[test]
+    fn what_was_skipped_after_an_error_did_not_happen() {
+        let mut both = Both::new(PoolMode::Transaction);
+        both.client(b'P', b"known\0SELECT 1\0\0\0");
+        both.client(b'S', b"");
+        both.servers(&[(b'1', b""), READY]);
+        both.client(b'P', b"bad\0nonsense\0\0\0");
+        both.client(b'P', b"new\0SELECT 1\0\0\0");
+        both.client(b'C', b"Sknown\0");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        assert!(both.session.is_idle());
+        assert_eq!(both.session.named.keys().map(|name| &**name).collect::<Vec<_>>(), [b"known"]);
+        assert_eq!(both.prepared.len(), 1);
+        // An error before the Sync was sent: what comes up to it goes nowhere.
+        both.client(b'P', b"\0nonsense\0\0\0");
+        both.server(ERROR.0, ERROR.1).unwrap();
+        assert_eq!(both.client(b'B', b"\0\0\0\0\0\0\0\0").0, "");
+        assert_eq!(both.client(b'S', b"").0, "S");
+        assert_eq!(both.servers(&[READY]), "Z");
+        assert!(both.session.is_idle());
+    }
+
+    #[test]
+    fn refusals_are_the_servers_errors_in_our_words() {
+        let mut both = Both::new(PoolMode::Transaction);
+        assert_eq!(both.client(b'Q', b"LISTEN a\0").0, "Q");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        assert_eq!(both.client(b'F', &[0, 0, 8, 30]).0, "Q");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        assert_eq!(both.client(b'B', b"\0nobody\0\0\0\0\0\0\0").0, "P");
+        both.client(b'E', b"\0\0\0\0\0");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        assert!(both.session.is_idle());
+        // So are those of the guard, which also sees what is prepared.
+        assert_eq!(both.client(b'Q', b"SET ROLE x\0").0, "Q");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        for name in [&b"\0SET ROLE x\0\0\0"[..], b"a\0SET ROLE x\0\0\0"] {
+            assert_eq!(both.client(b'P', name).0, "P");
+            both.client(b'S', b"");
+            assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+        }
+        assert!(both.session.is_idle() && both.session.named.is_empty());
+        // In session mode LISTEN is the server's business.
+        let mut both = Both::new(PoolMode::Session);
+        both.client(b'Q', b"LISTEN a\0");
+        assert_eq!(both.servers(&[(b'C', b"LISTEN\0"), READY]), "CZ");
+    }
+
+    #[test]
+    fn a_refused_message_that_is_longer_than_what_was_seen_goes_nowhere() {
+        let mut both = Both::new(PoolMode::Transaction);
+        let frame = message(b'B', &[&b"\0nobody\0"[..], &[b'X'; 100]].concat());
+        let header = frame::header(&frame).unwrap().unwrap();
+        let mut out = BytesMut::new();
+        let mut link = Link { prepared: &mut both.prepared, registry: &both.registry, ward: &Guard };
+        let verdict = both.session.on_client(header, &frame[..40], &mut link, &mut out).unwrap();
+        assert_eq!(verdict, Verdict::Instead, "the unseen rest must not follow as messages of its own");
+    }
+
+    #[test]
+    fn a_sync_that_arrives_in_copy_is_not_answered() {
+        let mut both = Both::new(PoolMode::Transaction);
+        for (tag, body) in
+            [(b'P', &b"\0COPY t FROM STDIN\0\0\0"[..]), (b'B', b"\0\0\0\0\0\0\0\0"), (b'E', b"\0\0\0\0\0"), (b'S', b"")]
+        {
+            both.client(tag, body);
+        }
+        both.servers(&[(b'1', b""), (b'2', b""), (b'G', b"\0\0\0")]);
+        assert!(!both.session.is_idle());
+        both.client(b'd', b"1\n");
+        both.client(b'c', b"");
+        both.client(b'S', b"");
+        both.servers(&[(b'C', b"COPY 1\0"), READY]);
+        assert!(both.session.is_idle());
+        // CopyDone and both Syncs sent before the server said that it is in COPY.
+        for (tag, body) in [
+            (b'P', &b"\0COPY t FROM STDIN\0\0\0"[..]),
+            (b'B', b"\0\0\0\0\0\0\0\0"),
+            (b'E', b"\0\0\0\0\0"),
+            (b'S', b""),
+            (b'd', b"1\n"),
+            (b'c', b""),
+            (b'S', b""),
+        ] {
+            both.client(tag, body);
+        }
+        both.servers(&[(b'1', b""), (b'2', b""), (b'G', b"\0\0\0"), (b'C', b"COPY 1\0"), READY]);
+        assert!(both.session.is_idle());
+    }
+
+    #[test]
+    fn too_many_statements_close_the_one_used_least() {
+        let mut both = Both::new(PoolMode::Transaction);
+        for name in [&b"a\0SELECT 1\0\0\0"[..], b"b\0SELECT 2\0\0\0"] {
+            both.client(b'P', name);
+        }
+        both.client(b'S', b"");
+        both.servers(&[(b'1', b""), (b'1', b""), READY]);
+        assert_eq!(both.client(b'P', b"c\0SELECT 3\0\0\0").0, "CP");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'3', b""), (b'1', b""), READY]), "1Z");
+    }
 }

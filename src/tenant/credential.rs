@@ -16,12 +16,38 @@ pub const ITERATIONS: u32 = 4096;
 pub struct Verifier {
     /// PBKDF2 iterations.
     pub iterations: u32,
-    /// Salt, as many bytes as the credential has (PostgreSQL makes 16).
-    pub salt: Box<[u8]>,
+    /// Salt, as many bytes as the credential has.
+    pub salt: Salt,
     /// SHA-256 of the client key.
     pub stored_key: [u8; 32],
     /// Key of the server's signature.
     pub server_key: [u8; 32],
+}
+
+/// A salt. There is one for each tenant, so the usual one is kept in place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Salt {
+    /// As many bytes as PostgreSQL makes.
+    Usual([u8; 16]),
+    /// More or fewer.
+    Other(Box<[u8]>),
+}
+
+impl From<&[u8]> for Salt {
+    fn from(bytes: &[u8]) -> Self {
+        bytes.try_into().map_or_else(|_| Self::Other(bytes.into()), Self::Usual)
+    }
+}
+
+impl std::ops::Deref for Salt {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Usual(bytes) => bytes,
+            Self::Other(bytes) => bytes,
+        }
+    }
 }
 
 /// The client's half of a SCRAM-SHA-256 credential, as PBKDF2 made it for one salt and iteration count.
@@ -56,7 +82,7 @@ impl Verifier {
         if salt.is_empty() || salt.len() > 1024 || !(1..=10_000_000).contains(&iterations) {
             return Err(InvalidVerifier);
         }
-        Ok(Self { iterations, salt: salt.into(), stored_key: key(stored)?, server_key: key(server)? })
+        Ok(Self { iterations, salt: (&*salt).into(), stored_key: key(stored)?, server_key: key(server)? })
     }
 
     /// Makes the verifier of a password with a given salt.

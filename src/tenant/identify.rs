@@ -23,7 +23,8 @@
 //! # Which database names are good
 //!
 //! A client whose tenant is known may call its database by the tenant's id, by its own user name (libpq's default),
-//! or by one of [`Rules::databases`]; everything else does not exist (3D000), as on a server.
+//! or by one of [`Rules::databases`]; everything else does not exist (3D000), as on a server. `postgres` is for
+//! application users, who have it in DSNs that were there before: a tenant's own login has no business there.
 
 use regex::Regex;
 
@@ -116,12 +117,13 @@ impl Rules {
             order,
             username_regex: username_regex.map(compile).transpose()?,
             sni_suffix: sni_suffix.map(suffix).filter(|suffix| suffix.len() > 1),
-            databases: vec!["postgres".to_owned()],
+            databases: vec![MAINTENANCE.to_owned()],
         })
     }
 
     /// Database names besides its own that every client may give and that name no tenant: the shards' databases, say,
-    /// since that is what `current_database()` answers. `postgres`, where tools go unasked, is always one.
+    /// since that is what `current_database()` answers. `postgres`, where tools go unasked, is always one, except for
+    /// tenants' own logins.
     #[must_use]
     pub fn databases(mut self, names: impl IntoIterator<Item = String>) -> Self {
         self.databases.extend(names);
@@ -137,7 +139,14 @@ pub trait Known {
     fn may_use(&self, app_user: &str, tenant: &TenantId) -> bool;
     /// Whether there is such a tenant.
     fn exists(&self, tenant: &TenantId) -> bool;
+    /// Whether this tenant's clients may name any database, since nobody else's are where it is.
+    fn chooses_database(&self, _tenant: &TenantId) -> bool {
+        false
+    }
 }
+
+/// The database that every server has, and that holds no tenant.
+const MAINTENANCE: &str = "postgres";
 
 /// Whose proof to ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -317,7 +326,7 @@ fn find_tenant(
     if !entitled(&tenant) {
         return Err(Unidentified::NotEntitled(tenant));
     }
-    check_database(rules, hello, known, &tenant)?;
+    check_database(rules, hello, known, login, &tenant)?;
     Ok(tenant)
 }
 
@@ -366,9 +375,20 @@ fn nothing_named(rules: &Rules, hello: &Hello<'_>, known: &impl Known) -> Uniden
     }
 }
 
-fn check_database(rules: &Rules, hello: &Hello<'_>, known: &impl Known, tenant: &TenantId) -> Result<(), Unidentified> {
+fn check_database(
+    rules: &Rules,
+    hello: &Hello<'_>,
+    known: &impl Known,
+    login: &Login,
+    tenant: &TenantId,
+) -> Result<(), Unidentified> {
     let Some(name) = hello.database else { return Ok(()) };
-    let good = name == tenant.as_str() || is_unasked(rules, hello, name);
+    if known.chooses_database(tenant) {
+        return Ok(());
+    }
+    // A tenant that logs in as itself and asks for the server's own database has left its seat.
+    let own_login = matches!(login, Login::Tenant(_));
+    let good = name == tenant.as_str() || (is_unasked(rules, hello, name) && !(own_login && name == MAINTENANCE));
     // An application user's own name: a DSN made by inserting the tenant into the user name of one without.
     let inserted = hello.user.strip_prefix(name).is_some_and(|rest| rest.starts_with(['.', '@']));
     if good || inserted { Ok(()) } else { Err(unknown_database(name, known)) }
@@ -512,7 +532,8 @@ mod tests {
     fn database_names_are_checked() {
         for (user, database, expected) in [
             ("client_001", "client_001", "tenant client_001 → client_001"),
-            ("client_001", "postgres", "tenant client_001 → client_001"),
+            ("client_001", "postgres", "tenant client_001 ! 3D000"),
+            ("app.client_001", "postgres", "user app → client_001"),
             ("client_001", "tenants", "tenant client_001 → client_001"),
             ("client_001", "nope", "tenant client_001 ! 3D000"),
             ("client_001", "No Such DB", "tenant client_001 ! 3D000"),

@@ -20,22 +20,30 @@ pub struct Cluster {
 /// The superuser's password.
 pub const PASSWORD: &str = "admin-secret";
 
-/// Where PostgreSQL's programs are: the newest of Debian's directories, or `$PGUSHER_TEST_PGBIN`.
+/// Where the server's programs are: what `PGUSHER_PG_BIN` says, or the newest of Debian's directories.
 pub fn bin_dir() -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os("PGUSHER_TEST_PGBIN") {
-        return Some(dir.into());
+    match std::env::var_os("PGUSHER_PG_BIN") {
+        Some(dir) => Some(dir.into()),
+        None => packaged("initdb"),
     }
-    let mut found: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
-        .ok()?
-        .flatten()
-        .filter_map(|entry| {
-            let version = entry.file_name().to_str()?.parse().ok()?;
-            let bin = entry.path().join("bin");
-            bin.join("initdb").exists().then_some((version, bin))
-        })
-        .collect();
-    found.sort();
-    found.pop().map(|(_, bin)| bin)
+}
+
+/// A client program (`psql`, `pgbench`, `pg_dump`): beside the server's, or else a packaged one of perhaps another
+/// version.
+pub fn client_program(name: &str) -> PathBuf {
+    let beside = bin_dir().map(|dir| dir.join(name)).filter(|program| program.exists());
+    beside.or_else(|| Some(packaged(name)?.join(name))).unwrap_or_else(|| name.into())
+}
+
+/// The newest of Debian's directories that has this program.
+fn packaged(program: &str) -> Option<PathBuf> {
+    let entries = std::fs::read_dir("/usr/lib/postgresql").ok()?.flatten();
+    let versions = entries.filter_map(|entry| {
+        let version: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let bin = entry.path().join("bin");
+        bin.join(program).exists().then_some((version, bin))
+    });
+    versions.max().map(|(_, bin)| bin)
 }
 
 /// A free port on loopback, as far as one can know.

@@ -1,4 +1,5 @@
--- Once per database that holds tenants of plan `schema`, as superuser. May be run again at any time.
+-- Hardening of a database that tenants' roles log in to, both grades, as superuser. May be run again at any time;
+-- `plan_strict.sql` goes further, `plan_unstrict.sql` takes back what that one took.
 
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 
@@ -50,10 +51,33 @@ REVOKE UPDATE ON pg_catalog.pg_settings FROM PUBLIC;
 CREATE SCHEMA IF NOT EXISTS tenant_shim;
 GRANT USAGE ON SCHEMA tenant_shim TO PUBLIC;
 
+-- The lock table is the whole server's, and nobody can log in while it is full: a tenant may have a sixteenth of it.
+-- Counting takes longer than locking, so it is done for one lock in 32, chosen by a generator that no setseed() guides;
+-- a tenant gets that much past the limit. Tenants cannot count: the functions below run it with their own rights.
+CREATE OR REPLACE FUNCTION tenant_shim.pgusher_bound_locks() RETURNS void LANGUAGE plpgsql VOLATILE
+  SET search_path = pg_catalog AS $f$
+DECLARE
+  most bigint := greatest(64, current_setting('max_locks_per_transaction')::bigint
+                              * current_setting('max_connections')::bigint / 16);
+  held bigint;
+BEGIN
+  SELECT count(*) INTO held FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_get_activity(NULL) a ON a.pid = l.pid
+  WHERE l.locktype = 'advisory' AND a.usesysid = (SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = session_user);
+  IF held >= most THEN
+    RAISE EXCEPTION USING
+      ERRCODE = 'configuration_limit_exceeded',
+      MESSAGE = 'too many advisory locks',
+      DETAIL = format('This tenant holds %s; a server that tenants share gives each of them at most %s.', held, most),
+      HINT = 'Release some of them, or take one lock for many things.';
+  END IF;
+END $f$;
+REVOKE EXECUTE ON FUNCTION tenant_shim.pgusher_bound_locks() FROM PUBLIC;
+
 DO $$
 DECLARE
   found record;
   key text;
+  bound text;
 BEGIN
   FOR found IN
     SELECT p.proname, p.pronargs, p.prorettype::pg_catalog.regtype AS returns,
@@ -65,9 +89,18 @@ BEGIN
       WHEN 1 THEN 'pg_catalog.hashtextextended(session_user::text, $1)'
       WHEN 2 THEN 'pg_catalog.hashtextextended(session_user::text || $1::text || '','' || $2::text, 1)'
       ELSE '' END;
+    bound := CASE WHEN found.proname ~ 'unlock' THEN '' ELSE
+      'SELECT tenant_shim.pgusher_bound_locks() '
+      'WHERE pg_catalog.get_byte(pg_catalog.uuid_send(pg_catalog.gen_random_uuid()), 0) < 8; ' END;
     EXECUTE format(
       'CREATE OR REPLACE FUNCTION tenant_shim.%I(%s) RETURNS %s LANGUAGE sql VOLATILE SECURITY DEFINER '
-      'SET search_path = pg_catalog AS $f$ SELECT pg_catalog.%I(%s) $f$',
-      found.proname, found.arguments, found.returns, found.proname, key);
+      'SET search_path = pg_catalog AS $f$ %sSELECT pg_catalog.%I(%s) $f$',
+      found.proname, found.arguments, found.returns, bound, found.proname, key);
   END LOOP;
 END $$;
+
+-- How many session-level locks of its own a session holds, for the proxy, which asks as the tenant before it lends the
+-- connection to another client of that tenant. Transaction-level locks are gone by then.
+CREATE OR REPLACE FUNCTION tenant_shim.pgusher_held_locks() RETURNS bigint LANGUAGE sql VOLATILE SECURITY DEFINER
+  SET search_path = pg_catalog AS $f$
+  SELECT count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid() $f$;

@@ -1,0 +1,119 @@
+//! `pool_mode = "auto"`: what becomes of the session state that a transaction has left on its server connection.
+//!
+//! The server is asked, after the client has its answer: the values of settings that may have changed, and where the
+//! texts do not tell, whether the session holds anything that cannot be carried. Settings are written down and follow
+//! the client; for the rest it keeps the connection until the server says that nothing is left.
+//!
+//! Asking, and not modelling, makes rollbacks, savepoints, failed statements and functions come out right by
+//! themselves. No client text is ever run again: values come from the server and go back as literals.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use crate::metrics::PIN_REASONS;
+use crate::pool::connect::{ServerConnection, ServerError};
+use crate::pool::params::Params;
+use crate::pool::residue::{Carried, Residue};
+use crate::tenant::sql::{Ident, Literal};
+
+/// An index into [`PIN_REASONS`].
+pub type Reason = usize;
+
+const UNKNOWN: Reason = PIN_REASONS.len() - 1;
+
+/// What was found out about a server connection.
+pub struct Settled {
+    /// The client's settings from now on; they are applied on the connection.
+    pub carried: Arc<Carried>,
+    /// Why the client has to keep the connection, if it has to.
+    pub pinned: Option<Reason>,
+}
+
+/// Asks the server what `residue` has come to.
+///
+/// # Errors
+/// The connection must be closed.
+pub async fn settle(
+    conn: &mut ServerConnection,
+    residue: &Residue,
+    carried: &Arc<Carried>,
+) -> Result<Settled, ServerError> {
+    if !residue.unknown {
+        let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
+        let carried = if names.is_empty() { carried.clone() } else { ask(conn, &names, (**carried).clone()).await? };
+        return Ok(Settled { carried, pinned: None });
+    }
+    let rows = match conn.rows(&[PROBE]).await {
+        Ok(rows) => rows,
+        // A place without the functions that the question needs.
+        Err(ServerError::Server(_)) => return Ok(Settled { carried: carried.clone(), pinned: Some(UNKNOWN) }),
+        Err(error) => return Err(error),
+    };
+    let row = rows.into_iter().next().unwrap_or_default();
+    let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
+    let pinned = (0..UNKNOWN).find(|at| holds(*at));
+    let listed = row.get(UNKNOWN).and_then(Option::as_deref).unwrap_or("{}");
+    let listed: std::collections::BTreeMap<String, String> =
+        serde_json::from_str(listed).map_err(|_| ServerError::Protocol("malformed answer"))?;
+    // Settings with a prefix of the application's own are in no list: they are asked for by name.
+    let own = |name: &&str| name.contains('.');
+    let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();
+    let known = listed.into_iter().filter(|(name, _)| !conn.params.has(name));
+    let known: Carried = known.map(|(name, value)| (name.into(), value.into())).collect();
+    let carried = if names.is_empty() { Arc::new(known) } else { ask(conn, &names, known).await? };
+    Ok(Settled { carried, pinned })
+}
+
+/// Whether the session holds something of the kinds of [`PIN_REASONS`], in that order, and the settings made in it.
+/// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
+const PROBE: &str = "SELECT \
+    EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
+      OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
+      OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
+    EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
+    EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
+    EXISTS (SELECT FROM pg_catalog.pg_listening_channels()), \
+    tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0, \
+    (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), setting) FROM pg_catalog.pg_settings \
+       WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
+         AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
+           'transaction_read_only', 'transaction_deferrable']))";
+
+/// Asks for the values of settings and adds them to `known`; one that does not exist is left out.
+async fn ask(conn: &mut ServerConnection, names: &[&str], mut known: Carried) -> Result<Arc<Carried>, ServerError> {
+    let mut sql = String::from("SELECT ");
+    for (at, name) in names.iter().enumerate() {
+        let comma = if at > 0 { ", " } else { "" };
+        // Writing to a String cannot fail.
+        let _ = write!(sql, "{comma}pg_catalog.current_setting({}, true)", Literal(name));
+    }
+    let values = match conn.rows(&[&sql]).await {
+        Ok(rows) => rows.into_iter().next().unwrap_or_default(),
+        Err(ServerError::Server(_)) => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    for (name, value) in names.iter().zip(values) {
+        match value {
+            Some(value) => drop(known.insert((*name).into(), value.into())),
+            None => drop(known.remove(*name)),
+        }
+    }
+    Ok(Arc::new(known))
+}
+
+/// A text that makes the server's settings the client's; `None` if they are.
+pub fn script(conn: &ServerConnection, params: &Params, carried: &Carried) -> Option<String> {
+    let mut text = String::new();
+    for name in conn.applied.keys().filter(|name| !carried.contains_key(*name)) {
+        let parts: Vec<String> = name.split('.').map(|part| Ident(part).to_string()).collect();
+        let _ = write!(text, "RESET {}; ", parts.join("."));
+    }
+    let mut changes = conn.params.changes_to(params);
+    for (name, value) in carried.iter().filter(|(name, value)| conn.applied.get(*name) != Some(*value)) {
+        changes.push(format!("pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value)));
+    }
+    if !changes.is_empty() {
+        let _ = write!(text, "SELECT {}", changes.join(", "));
+    }
+    (!text.is_empty()).then_some(text)
+}

@@ -1,0 +1,257 @@
+//! What SQL text that is not plainly harmless may change in a session. No I/O.
+//!
+//! [`scan::leaves_state`](super::scan::leaves_state) lets the common statement pass without coming here. For the rest
+//! [`look`] names the settings that the text changes, if that is all it does; what the values are is asked of the
+//! server afterwards, which knows about rollbacks, savepoints and every spelling. Whatever else the text does is
+//! [`Residue::unknown`], and then the server is asked what it holds for the session.
+
+use crate::pool::residue::Residue;
+
+/// What running this text may leave behind.
+pub fn look(sql: &[u8]) -> Residue {
+    let Some(tokens) = tokens(sql) else { return Residue::anything() };
+    let mut residue = Residue::none();
+    for statement in tokens.split(|token| *token == Token::Symbol(b';')) {
+        residue.merge(&statement_residue(statement));
+    }
+    residue
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Token<'a> {
+    /// A word that is not quoted, in lower case.
+    Word(String),
+    /// A quoted identifier without special characters inside.
+    Name(&'a str),
+    /// A string literal without escapes.
+    Text(&'a str),
+    Number,
+    Symbol(u8),
+}
+
+impl Token<'_> {
+    fn is(&self, word: &str) -> bool {
+        matches!(self, Self::Word(w) if w == word)
+    }
+}
+
+/// The text's tokens; `None` if it holds anything that is hard to read.
+fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
+    let mut tokens = Vec::new();
+    let mut at = 0;
+    while let Some(&byte) = sql.get(at) {
+        let rest = &sql[at..];
+        match byte {
+            b if b.is_ascii_whitespace() => at += 1,
+            b'-' if rest.starts_with(b"--") => at += rest.iter().position(|&b| b == b'\n').unwrap_or(rest.len()),
+            b'/' if rest.starts_with(b"/*") => at += comment(rest)?,
+            b'\'' | b'"' => {
+                let end = rest[1..].iter().position(|&b| b == byte)? + 1;
+                let body = std::str::from_utf8(&rest[1..end]).ok()?;
+                // An escape, or a literal that goes on behind the quote.
+                if body.contains('\\') || rest.get(end + 1) == Some(&byte) {
+                    return None;
+                }
+                tokens.push(if byte == b'"' { Token::Name(body) } else { Token::Text(body) });
+                at += end + 1;
+            }
+            b'$' if rest.get(1).is_some_and(u8::is_ascii_digit) => {
+                at += 1 + rest[1..].iter().take_while(|b| b.is_ascii_digit()).count();
+                tokens.push(Token::Number);
+            }
+            b'$' => return None,
+            b'0'..=b'9' => {
+                at += rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'.').count();
+                tokens.push(Token::Number);
+            }
+            b'a'..=b'z' | b'A'..=b'Z' | b'_' => {
+                let len = rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_' || **b == b'$').count();
+                let next = rest.get(len);
+                // E'…', U&'…', B'…', and words that go on beyond ASCII.
+                if next.is_some_and(|b| *b >= 0x80 || *b == b'\'') || (len == 1 && rest[1..].starts_with(b"&")) {
+                    return None;
+                }
+                tokens.push(Token::Word(std::str::from_utf8(&rest[..len]).ok()?.to_ascii_lowercase()));
+                at += len;
+            }
+            0x80.. => return None,
+            _ => {
+                tokens.push(Token::Symbol(byte));
+                at += 1;
+            }
+        }
+    }
+    Some(tokens)
+}
+
+fn comment(rest: &[u8]) -> Option<usize> {
+    let (mut at, mut depth) = (2, 1);
+    while depth > 0 {
+        match (rest.get(at)?, rest.get(at + 1)) {
+            (b'*', Some(b'/')) => (depth, at) = (depth - 1, at + 2),
+            (b'/', Some(b'*')) => (depth, at) = (depth + 1, at + 2),
+            _ => at += 1,
+        }
+    }
+    Some(at)
+}
+
+fn statement_residue(tokens: &[Token<'_>]) -> Residue {
+    let Some(Token::Word(first)) = tokens.first() else {
+        return if tokens.is_empty() { Residue::none() } else { Residue::anything() };
+    };
+    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false };
+    match first.as_str() {
+        "set" => set(&tokens[1..]).unwrap_or_else(Residue::anything),
+        "reset" => match &tokens[1..] {
+            [Token::Word(a), Token::Word(b)] if a == "time" && b == "zone" => named(&["timezone"]),
+            [Token::Word(name), rest @ ..] if name != "all" && name != "role" && name != "session" => {
+                setting_name(&tokens[1..])
+                    .filter(|(_, n)| n.is_empty() || rest.is_empty())
+                    .map_or_else(Residue::anything, |(name, _)| named(&[&name]))
+            }
+            _ => Residue::anything(),
+        },
+        "declare" if !tokens.iter().any(|t| t.is("hold")) => calls(&tokens[1..]),
+        "select" | "with" | "values" | "insert" | "update" | "delete" => calls(tokens),
+        _ => Residue::anything(),
+    }
+}
+
+/// What comes behind SET.
+fn set(tokens: &[Token<'_>]) -> Option<Residue> {
+    let named =
+        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false });
+    let words: Vec<&str> =
+        tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
+    match words.as_slice() {
+        ["transaction" | "constraints", ..] => Some(Residue::none()),
+        ["local", ..] => Some(Residue::none()),
+        ["session", "characteristics", ..] => {
+            named(&["default_transaction_isolation", "default_transaction_read_only", "default_transaction_deferrable"])
+        }
+        ["role" | "seed", ..] | ["session", "authorization" | "role", ..] => None,
+        ["session", ..] => set(&tokens[1..]),
+        ["time", "zone", ..] => named(&["timezone"]),
+        ["names", ..] => named(&["client_encoding"]),
+        ["schema"] => named(&["search_path"]),
+        ["xml", "option", ..] => named(&["xmloption"]),
+        _ => {
+            let (name, rest) = setting_name(tokens)?;
+            let assigns = matches!(rest.first(), Some(Token::Symbol(b'=')))
+                || rest.first().is_some_and(|t| t.is("to") || t.is("from"));
+            if assigns { named(&[&name]) } else { None }
+        }
+    }
+}
+
+/// `name` or `prefix.name`, and what comes behind it.
+fn setting_name<'a, 'b>(tokens: &'b [Token<'a>]) -> Option<(String, &'b [Token<'a>])> {
+    let part = |token: &Token<'_>| match token {
+        Token::Word(word) => Some(word.clone()),
+        Token::Name(name) => Some(name.to_ascii_lowercase()),
+        _ => None,
+    };
+    let mut name = part(tokens.first()?)?;
+    let mut rest = &tokens[1..];
+    while let [Token::Symbol(b'.'), next, behind @ ..] = rest {
+        name = format!("{name}.{}", part(next)?);
+        rest = behind;
+    }
+    Some((name, rest))
+}
+
+/// A statement that may call `set_config('name', …)`, and nothing else that is not known to be harmless.
+fn calls(tokens: &[Token<'_>]) -> Residue {
+    let mut residue = Residue::none();
+    for (at, token) in tokens.iter().enumerate() {
+        let Token::Word(word) = token else { continue };
+        if word == "temp" || word == "temporary" || word.starts_with("pg_temp") {
+            return Residue::anything();
+        }
+        if tokens.get(at + 1) != Some(&Token::Symbol(b'(')) {
+            continue;
+        }
+        let behind_into = at > 0 && tokens[at - 1].is("into");
+        let qualified = at >= 2 && tokens[at - 1] == Token::Symbol(b'.');
+        let in_catalog = qualified && tokens[at - 2].is("pg_catalog");
+        match (word.as_str(), tokens.get(at + 2)) {
+            ("set_config", Some(Token::Text(name))) if !qualified || in_catalog => {
+                residue.settings.push(name.to_ascii_lowercase().into());
+            }
+            _ if behind_into => {}
+            (word, _) if (!qualified || in_catalog) && super::scan::is_harmless_call(word.as_bytes()) => {}
+            _ => return Residue::anything(),
+        }
+    }
+    // A quoted name may be called as well.
+    let quoted_call = tokens.windows(2).any(|w| matches!(w, [Token::Name(_), Token::Symbol(b'(')]));
+    if quoted_call && !tokens.iter().any(|t| t.is("into")) { Residue::anything() } else { residue }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_found_by_name_in_every_ordinary_spelling() {
+        for (sql, names) in [
+            ("SET search_path = a, b", "search_path"),
+            ("set session Statement_Timeout to '5s'", "statement_timeout"),
+            ("SET \"search_path\" TO x", "search_path"),
+            ("SET app.user = 'x'", "app.user"),
+            ("SET TIME ZONE 'UTC'", "timezone"),
+            ("SET NAMES 'utf8'", "client_encoding"),
+            ("SET SCHEMA 'x'", "search_path"),
+            (
+                "set session characteristics as transaction read only",
+                "default_transaction_isolation default_transaction_read_only default_transaction_deferrable",
+            ),
+            ("RESET statement_timeout", "statement_timeout"),
+            ("reset app.user", "app.user"),
+            ("SELECT pg_catalog.set_config('search_path', '', false)", "search_path"),
+            ("select set_config('a', $1, false), set_config('B', 'x', false)", "a b"),
+            ("SET a = 1; SET b = 2; SELECT 1", "a b"),
+            ("SET LOCAL a = 1", ""),
+            ("set transaction read only; select count(*) from t", ""),
+            ("declare c cursor for select 1", ""),
+        ] {
+            let residue = look(sql.as_bytes());
+            assert!(!residue.unknown, "{sql}");
+            let found: Vec<&str> = residue.settings.iter().map(|s| &**s).collect();
+            assert_eq!(found.join(" "), names, "{sql}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_hard_to_read_may_do_anything() {
+        for sql in [
+            "SET ROLE x",
+            "SET SESSION AUTHORIZATION x",
+            "RESET ALL",
+            "RESET ROLE",
+            "DISCARD ALL",
+            "SELECT my_function()",
+            "SELECT set_config(a, b, false) from t",
+            "SELECT set_config(E'a', 'b', false)",
+            "SET U&\"x\" = 1",
+            "DO $$ $$",
+            "CALL p()",
+            "LISTEN a",
+            "CREATE TEMP TABLE t ()",
+            "SELECT 1 INTO TEMP t",
+            "SELECT \"f\"(1)",
+            "PREPARE a AS SELECT 1",
+            "SET",
+            "SET x",
+            "select s.set_config('a', 'b', false)",
+            "declare c cursor with hold for select 1",
+            "SELECT 'a\\' || 'b'",
+            "/* ",
+            "'",
+            "set seed to 1",
+        ] {
+            assert!(look(sql.as_bytes()).unknown, "{sql}");
+        }
+    }
+}

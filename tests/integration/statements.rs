@@ -1,0 +1,268 @@
+//! Prepared statements of the protocol, shared by clients over many server connections.
+
+use crate::raw::{Raw, show};
+use crate::world::World;
+
+/// Runs the unnamed portal of a statement and returns what was answered.
+async fn run(raw: &mut Raw, statement: &str, values: &[&str]) -> String {
+    raw.compose(|b| {
+        b.bind("", statement, values);
+        b.execute("");
+        b.sync();
+    })
+    .await;
+    show(&raw.until_ready().await)
+}
+
+async fn prepare(raw: &mut Raw, name: &str, sql: &str) -> String {
+    raw.compose(|b| {
+        b.parse(name, sql);
+        b.describe(b'S', name);
+        b.sync();
+    })
+    .await;
+    show(&raw.until_ready().await)
+}
+
+/// A client in a transaction, so that others get another server connection.
+async fn occupant(world: &World) -> Raw {
+    let mut raw = world.raw("client_001").await;
+    raw.query("BEGIN").await;
+    raw
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_name_means_each_clients_own_statement_on_every_connection() {
+    let world = World::transaction(|config| config.pool.default_pool_size = 3).await;
+    let mut clients = Vec::new();
+    for n in 0..6 {
+        let mut client = world.raw("client_001").await;
+        assert_eq!(prepare(&mut client, "s", &format!("SELECT {n} + $1::int")).await, "1 Z(I)");
+        clients.push(client);
+    }
+    let work = clients.iter_mut().enumerate().map(async |(n, client)| {
+        for round in 0..50 {
+            let expected = format!("2 D({}) C(SELECT 1) Z(I)", n + round);
+            assert_eq!(run(client, "s", &[&round.to_string()]).await, expected);
+        }
+    });
+    futures_util::future::join_all(work).await;
+    assert!(world.server_processes().await <= 3);
+    // A name in use is refused, and means what it meant.
+    assert_eq!(prepare(&mut clients[0], "s", "SELECT 'other'").await, "E(42P05) Z(I)");
+    assert_eq!(run(&mut clients[0], "s", &["1"]).await, "2 D(1) C(SELECT 1) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_lives_from_one_sync_to_the_next_wherever_it_runs() {
+    let world = World::transaction(|config| config.pool.default_pool_size = 2).await;
+    let mut client = world.raw("client_001").await;
+    for name in ["", "named"] {
+        // Prepared on one connection, bound on another that never saw it.
+        assert_eq!(prepare(&mut client, name, "SELECT $1::text || '!'").await, "1 Z(I)");
+        let mut occupant = occupant(&world).await;
+        assert_eq!(run(&mut client, name, &["a"]).await, "2 D(a!) C(SELECT 1) Z(I)", "{name:?}");
+        client
+            .compose(|b| {
+                b.describe(b'S', name);
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "Z(I)");
+        assert_eq!(run(&mut client, name, &["b"]).await, "2 D(b!) C(SELECT 1) Z(I)", "{name:?}");
+        occupant.query("COMMIT").await;
+        occupant.terminate().await;
+    }
+    // Each message with a Sync of its own, as pg8000 does it.
+    let mut other = world.raw("client_001").await;
+    client
+        .compose(|b| {
+            b.parse("", "SELECT 'mine'");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&client.until_ready().await), "1 Z(I)");
+    other.compose(|b| b.extended("SELECT 'not yours'", &[])).await;
+    assert_eq!(show(&other.until_ready().await), "1 2 D(not yours) C(SELECT 1) Z(I)");
+    assert_eq!(run(&mut client, "", &[]).await, "2 D(mine) C(SELECT 1) Z(I)");
+    // A simple Query drops the unnamed statement, as on a server.
+    client.query("SELECT 1").await;
+    assert_eq!(run(&mut client, "", &[]).await, "E(26000) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_and_deallocating_mean_ones_own() {
+    let world = World::transaction(|config| config.pool.default_pool_size = 1).await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for end in ["Close", "DEALLOCATE ALL", "DISCARD ALL"] {
+        prepare(&mut one, "s", "SELECT 5").await;
+        prepare(&mut two, "s", "SELECT 5").await;
+        prepare(&mut two, "t", "SELECT 6").await;
+        if end == "Close" {
+            one.compose(|b| {
+                b.close(b'S', "s");
+                b.close(b'S', "never was");
+                b.sync();
+            })
+            .await;
+            assert_eq!(show(&one.until_ready().await), "3 3 Z(I)");
+        } else {
+            assert_eq!(show(&one.query(end).await), format!("C({end}) Z(I)"));
+        }
+        assert_eq!(run(&mut one, "s", &[]).await, "E(26000) Z(I)", "{end}");
+        assert_eq!(run(&mut two, "s", &[]).await, "2 D(5) C(SELECT 1) Z(I)", "{end}");
+        assert_eq!(run(&mut two, "t", &[]).await, "2 D(6) C(SELECT 1) Z(I)", "{end}");
+        two.compose(|b| {
+            b.close(b'S', "s");
+            b.close(b'S', "t");
+            b.sync();
+        })
+        .await;
+        assert_eq!(show(&two.until_ready().await), "3 3 Z(I)");
+    }
+    // The name is free again, also within one group.
+    one.compose(|b| {
+        b.parse("s", "SELECT 1");
+        b.close(b'S', "s");
+        b.parse("s", "SELECT 2");
+        b.bind("", "s", &[]);
+        b.execute("");
+        b.sync();
+    })
+    .await;
+    assert_eq!(show(&one.until_ready().await), "1 3 1 2 D(2) C(SELECT 1) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_in_a_pipeline_skips_to_the_sync_and_takes_back_what_was_not_prepared() {
+    let world = World::transaction(|config| config.pool.default_pool_size = 2).await;
+    let mut client = world.raw("client_001").await;
+    client
+        .compose(|b| {
+            b.parse("before", "SELECT 'before'");
+            b.extended("SELECT 1/0", &[]);
+            b.parse("after", "SELECT 'after'");
+            b.bind("", "before", &[]);
+            b.execute("");
+            b.sync();
+            b.parse("bad", "SELEC");
+            b.parse("behind", "SELECT 1");
+            b.close(b'S', "before");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&client.until_ready().await), "1 1 E(22012) Z(I)");
+    assert_eq!(show(&client.until_ready().await), "1 2 D(before) C(SELECT 1) Z(I)");
+    assert_eq!(show(&client.until_ready().await), "E(42601) Z(I)");
+    for (name, answer) in [
+        ("before", "2 D(before) C(SELECT 1) Z(I)"),
+        ("after", "2 D(after) C(SELECT 1) Z(I)"),
+        ("bad", "E(26000) Z(I)"),
+        ("behind", "E(26000) Z(I)"),
+    ] {
+        assert_eq!(run(&mut client, name, &[]).await, answer, "{name}");
+        let mut occupant = occupant(&world).await;
+        assert_eq!(run(&mut client, name, &[]).await, answer, "{name} elsewhere");
+        occupant.query("COMMIT").await;
+        occupant.terminate().await;
+    }
+    // In a transaction that has failed nothing can be prepared but what ends it.
+    client.query("BEGIN").await;
+    client.error("SELECT 1/0").await;
+    assert_eq!(prepare(&mut client, "late", "SELECT 1").await, "E(25P02) Z(E)");
+    assert_eq!(run(&mut client, "before", &[]).await, "E(25P02) Z(E)");
+    assert_eq!(show(&client.query("ROLLBACK").await), "C(ROLLBACK) Z(I)");
+    assert_eq!(prepare(&mut client, "late", "SELECT 9").await, "1 Z(I)");
+    assert_eq!(run(&mut client, "late", &[]).await, "2 D(9) C(SELECT 1) Z(I)");
+    // What does not exist is refused where it stands, and the transaction fails as on a server.
+    client.query("BEGIN").await;
+    assert_eq!(run(&mut client, "no such", &[]).await, "E(26000) Z(E)");
+    client.query("ROLLBACK").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_statements_than_a_server_connection_may_keep() {
+    let world = World::transaction(|config| {
+        config.pool.max_prepared_statements = 5;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let mut client = world.raw("client_001").await;
+    for n in 0..30 {
+        assert_eq!(prepare(&mut client, &format!("s{n}"), &format!("SELECT {n}")).await, "1 Z(I)");
+    }
+    for n in (0..30).rev().chain(0..30) {
+        assert_eq!(run(&mut client, &format!("s{n}"), &[]).await, format!("2 D({n}) C(SELECT 1) Z(I)"));
+    }
+    let kept = client.value("SELECT count(*) FROM pg_prepared_statements").await;
+    assert!(kept.parse::<u32>().unwrap() <= 5, "{kept}");
+    // More than fit within one group.
+    client
+        .compose(|b| {
+            for n in 0..30 {
+                b.bind("", &format!("s{n}"), &[]);
+                b.execute("");
+            }
+            b.sync();
+        })
+        .await;
+    let answer = show(&client.until_ready().await);
+    let expected: Vec<_> = (0..30).map(|n| format!("2 D({n}) C(SELECT 1)")).collect();
+    assert_eq!(answer, format!("{} Z(I)", expected.join(" ")));
+}
+
+/// A table changes under a prepared statement: what heals it for a driver on a server heals it here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_table_is_healed_by_preparing_again() {
+    let world = World::transaction(|config| config.pool.default_pool_size = 1).await;
+    let mut client = world.raw("client_001").await;
+    prepare(&mut client, "s", "SELECT * FROM things").await;
+    run(&mut client, "s", &[]).await;
+    client.query("ALTER TABLE things ADD COLUMN more int").await;
+    assert_eq!(run(&mut client, "s", &[]).await, "E(0A000) Z(I)");
+    client
+        .compose(|b| {
+            b.close(b'S', "s");
+            b.sync();
+        })
+        .await;
+    client.until_ready().await;
+    prepare(&mut client, "s2", "SELECT * FROM things").await;
+    assert_eq!(run(&mut client, "s2", &[]).await, "2 C(SELECT 0) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_mode_passes_names_on() {
+    let world = World::start(|config| config.pool.default_pool_size = 1).await;
+    let mut client = world.raw("client_001").await;
+    prepare(&mut client, "s", "SELECT $1::int * 2").await;
+    assert_eq!(run(&mut client, "s", &["4"]).await, "2 D(8) C(SELECT 1) Z(I)");
+    assert_eq!(client.value("SELECT name FROM pg_prepared_statements").await, "s");
+    assert_eq!(show(&client.query("EXECUTE s(5)").await), "D(10) C(SELECT 1) Z(I)");
+    client.terminate().await;
+    let mut next = world.raw("client_001").await;
+    assert_eq!(run(&mut next, "s", &["4"]).await, "E(26000) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_with_many_statements_beside_others() {
+    let world = World::transaction(|config| {
+        config.pool.default_pool_size = 2;
+        config.pool.max_prepared_statements = 7;
+    })
+    .await;
+    let work = (0..5).map(async |who: i32| {
+        let client = world.client("client_001").await;
+        let mut statements = Vec::new();
+        for n in 0..10 {
+            statements.push(client.prepare(&format!("SELECT {n} * 100 + $1::int")).await.unwrap());
+        }
+        for _ in 0..10 {
+            let answers = statements.iter().map(async |s| client.query_one(s, &[&who]).await);
+            for (n, row) in futures_util::future::join_all(answers).await.into_iter().enumerate() {
+                assert_eq!(row.unwrap().get::<_, i32>(0), i32::try_from(n).unwrap() * 100 + who);
+            }
+        }
+    });
+    futures_util::future::join_all(work).await;
+}

@@ -1,0 +1,309 @@
+//! The four plans against real clusters: provisioned by the control plane, then looked at past every proxy, so that
+//! nothing but grants stands between two tenants.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pgusher::config::{Config, Secret, ShardConfig};
+use pgusher::control::provision::Choice;
+use pgusher::control::{Control, NoTraffic};
+use pgusher::directory::Directory;
+use pgusher::tenant::credential::server_password;
+use pgusher::tenant::plan::Hardening;
+use pgusher::tenant::{Plan, TenantId};
+use support::postgres::{Cluster, PASSWORD};
+use tokio::sync::mpsc;
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+const NOTES: &str = "CREATE TABLE notes (id bigserial PRIMARY KEY, note text);";
+
+struct Proxy {
+    control: Arc<Control>,
+    directory: Arc<Directory>,
+    shutdown: CancellationToken,
+}
+
+impl Proxy {
+    async fn start(config: Config) -> Self {
+        let (sender, receiver) = mpsc::channel(16);
+        let directory = Arc::new(Directory::new(sender));
+        let shutdown = CancellationToken::new();
+        let control =
+            Control::start(Arc::new(config), directory.clone(), receiver, Arc::new(NoTraffic), shutdown.clone())
+                .await
+                .unwrap();
+        Self { control, directory, shutdown }
+    }
+
+    async fn create(&self, tenant: &str, plan: Plan) {
+        let choice = Choice { shard: None, plan: Some(plan) };
+        self.control.create(&id(tenant), "test", choice).await.unwrap();
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.control.finish().await;
+    }
+}
+
+fn id(text: &str) -> TenantId {
+    TenantId::parse(text).unwrap()
+}
+
+fn config(cluster: &Cluster, template: Option<&Path>) -> Config {
+    let mut config = Config::default();
+    config.shards.push(shard("shard_1", cluster));
+    config.provision.master_secret = Secret::new(SECRET);
+    config.provision.template_dir = template.map(Path::to_owned);
+    config.provision.provision_timeout = Duration::from_secs(30);
+    config
+}
+
+fn shard(name: &str, cluster: &Cluster) -> ShardConfig {
+    ShardConfig {
+        name: name.into(),
+        port: cluster.port(),
+        admin_password: Secret::new(PASSWORD),
+        ..ShardConfig::default()
+    }
+}
+
+fn template(text: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("01.sql"), text).unwrap();
+    dir
+}
+
+async fn login(cluster: &Cluster, role: &str, database: &str) -> Result<Client, tokio_postgres::Error> {
+    cluster.connect(role, &server_password(SECRET, role), database).await
+}
+
+/// The server connection that the proxy would open for the tenant.
+async fn seat(proxy: &Proxy, cluster: &Cluster, tenant: &str) -> Client {
+    let tenant = proxy.directory.find(tenant).unwrap();
+    let client = login(cluster, tenant.role(), tenant.database()).await.unwrap();
+    for (name, value) in tenant.startup_settings().iter().filter(|(name, _)| name == "search_path") {
+        client.batch_execute(&format!("SET {name} = {value}")).await.unwrap();
+    }
+    client
+}
+
+async fn count(client: &Client, sql: &str) -> i64 {
+    client.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+async fn code(client: &Client, sql: &str) -> String {
+    match client.batch_execute(sql).await {
+        Ok(()) => "00000".to_owned(),
+        Err(error) => error.code().unwrap().code().to_owned(),
+    }
+}
+
+/// Whatever a role can leave on a server.
+async fn left(cluster: &Cluster, pattern: &str) -> Vec<String> {
+    let admin = cluster.admin("postgres").await;
+    let sql = format!(
+        "SELECT 'role ' || rolname FROM pg_roles WHERE rolname ~ '{pattern}' \
+         UNION ALL SELECT 'database ' || datname FROM pg_database WHERE datname ~ '{pattern}' \
+         UNION ALL SELECT 'setting ' || setconfig::text FROM pg_db_role_setting WHERE setconfig::text ~ '{pattern}'"
+    );
+    admin.query(&sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_of_its_own_lets_nobody_else_in() {
+    let cluster = Cluster::start();
+    let files = template(NOTES);
+    let proxy = Proxy::start(config(&cluster, Some(files.path()))).await;
+    proxy.create("client_001", Plan::Database).await;
+    proxy.create("client_002", Plan::Database).await;
+    proxy.create("neighbour", Plan::Schema).await;
+    let one = seat(&proxy, &cluster, "client_001").await;
+    let two = seat(&proxy, &cluster, "client_002").await;
+    one.batch_execute("INSERT INTO notes (note) VALUES ('one')").await.unwrap();
+    two.batch_execute("INSERT INTO notes (note) VALUES ('two'), ('two')").await.unwrap();
+    assert_eq!(count(&one, "SELECT count(*) FROM notes").await, 1);
+    assert_eq!(count(&two, "SELECT count(*) FROM public.notes").await, 2);
+    for (role, databases) in [
+        ("client_001", &["client_002", "tenants", "postgres", "template1", "pgusher", "pgusher_template"][..]),
+        ("neighbour", &["client_001", "pgusher_template"]),
+    ] {
+        for database in databases {
+            let refused = login(&cluster, role, database).await.err().unwrap();
+            assert_eq!(refused.code().unwrap().code(), "42501", "{role} {database}");
+        }
+    }
+    for (sql, expected) in [
+        ("SET ROLE client_002", "42501"),
+        ("CREATE SCHEMA x", "42501"),
+        ("CREATE EXTENSION pg_trgm", "42501"),
+        ("CREATE DATABASE x", "42501"),
+        (
+            "GRANT CONNECT ON DATABASE client_001 TO client_002; SELECT 1 / has_database_privilege('client_002', 'client_001', 'CONNECT')::int",
+            "22012",
+        ),
+        ("ALTER DATABASE client_001 CONNECTION LIMIT 0", "42501"),
+        ("DROP DATABASE client_002", "42501"),
+        ("COMMENT ON DATABASE client_001 IS 'x'", "42501"),
+        ("COMMENT ON ROLE client_001 IS 'x'", "42501"),
+        ("ALTER TABLE notes ADD COLUMN x int", "00000"),
+        ("SELECT pg_catalog.pg_advisory_lock(1)", "42501"),
+        ("SELECT pg_advisory_lock(1); SELECT pg_advisory_unlock(1)", "00000"),
+        ("SELECT * FROM pg_stat_activity", "42501"),
+    ] {
+        assert_eq!(code(&one, sql).await, expected, "{sql}");
+    }
+    // Sessions, a prepared transaction and large objects do not hold a deletion up.
+    one.batch_execute("SELECT lo_create(0)").await.unwrap();
+    proxy.control.delete(&id("client_001"), "test").await.unwrap();
+    assert_eq!(left(&cluster, "client_001").await, Vec::<String>::new());
+    assert_eq!(count(&two, "SELECT count(*) FROM notes").await, 2);
+    // It can come back, empty.
+    proxy.create("client_001", Plan::Database).await;
+    let one = seat(&proxy, &cluster, "client_001").await;
+    assert_eq!(count(&one, "SELECT count(*) FROM notes").await, 0);
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_cannot_be_made_leaves_nothing() {
+    let cluster = Cluster::start();
+    let files = template("CREATE TABLE t (a int);\nSELECT 1/0;");
+    let proxy = Proxy::start(config(&cluster, Some(files.path()))).await;
+    let admin = cluster.admin("postgres").await;
+    let choice = || Choice { shard: None, plan: Some(Plan::Database) };
+    let error = proxy.control.create(&id("client_001"), "test", choice()).await.unwrap_err();
+    assert_eq!(error.message, "template 01.sql, line 2: division by zero");
+    assert_eq!(left(&cluster, "client_001").await, Vec::<String>::new());
+    // One whose making was cut off is completed: the role and the database are there, nothing in it.
+    std::fs::write(files.path().join("01.sql"), NOTES).unwrap();
+    admin
+        .batch_execute("CREATE ROLE client_001; COMMENT ON ROLE client_001 IS 'pgusher tenant client_001'")
+        .await
+        .unwrap();
+    admin.batch_execute("CREATE DATABASE client_001 OWNER provisioner TEMPLATE pgusher_template").await.unwrap();
+    proxy.control.create(&id("client_001"), "test", choice()).await.unwrap();
+    assert_eq!(count(&seat(&proxy, &cluster, "client_001").await, "SELECT count(*) FROM notes").await, 0);
+    // A database of that name that is somebody else's is left alone, by creation and by deletion.
+    for sql in [
+        "CREATE DATABASE client_003",
+        "CREATE DATABASE client_004 OWNER provisioner",
+        "COMMENT ON DATABASE client_004 IS 'pgusher tenant client_001 x'",
+    ] {
+        admin.batch_execute(sql).await.unwrap();
+    }
+    for taken in ["client_003", "client_004", "tenants"] {
+        let error = proxy.control.create(&id(taken), "test", choice()).await.unwrap_err();
+        assert_eq!(error.code, "55000", "{error}");
+    }
+    assert_eq!(left(&cluster, "client_00[34]").await.len(), 2);
+    // A tenant keeps its plan.
+    let error = proxy.control.database_url(&id("client_001"), "test", Some(Plan::Schema)).await.unwrap_err();
+    assert_eq!(error.message, "tenant \"client_001\" has plan \"database\", not \"schema\"");
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_with_a_shard_of_its_own_shares_it_with_nobody() {
+    let (shared, own, old) = (Cluster::start(), Cluster::start(), Cluster::start());
+    let files = template(NOTES);
+    let mut config = config(&shared, Some(files.path()));
+    config.shards.push(ShardConfig { dedicated_to: Some("client_001".into()), ..shard("own", &own) });
+    config.shards.push(ShardConfig {
+        dedicated_to: Some("client_002".into()),
+        database: "app".into(),
+        tenant_role: Some("boss".into()),
+        tenant_password: Secret::new("given"),
+        ..shard("old", &old)
+    });
+    let admin = old.admin("postgres").await;
+    admin.batch_execute("CREATE ROLE boss LOGIN SUPERUSER PASSWORD 'given'").await.unwrap();
+    admin.batch_execute("CREATE DATABASE app").await.unwrap();
+    let proxy = Proxy::start(config).await;
+    for n in 0..20 {
+        proxy.create(&format!("t{n}"), Plan::Schema).await;
+    }
+    assert_eq!(proxy.directory.tenants_on("shard_1"), 20, "none is put on somebody's own shard");
+    // Its shard waits for it, whatever plan the others have.
+    proxy.control.create(&id("client_001"), "test", Choice::default()).await.unwrap();
+    let tenant = proxy.directory.find("client_001").unwrap();
+    assert_eq!((tenant.plan, tenant.shard.name.as_str(), tenant.managed), (Plan::Cluster, "own", true));
+    let one = seat(&proxy, &own, "client_001").await;
+    for sql in ["INSERT INTO notes (note) VALUES ('x')", "CREATE SCHEMA more", "CREATE DATABASE second"] {
+        one.batch_execute(sql).await.unwrap();
+    }
+    login(&own, "client_001", "second").await.unwrap();
+    // An existing role is used as it is.
+    proxy.control.create(&id("client_002"), "test", Choice::default()).await.unwrap();
+    let tenant = proxy.directory.find("client_002").unwrap();
+    assert_eq!((tenant.role(), tenant.database(), tenant.managed), ("boss", "app", false));
+    let health = proxy.control.tenant_health(&id("client_002")).await.unwrap();
+    assert!(health.probe.reachable, "{health:?}");
+    for (tenant, choice) in [
+        ("t0x", Choice { shard: Some("own".into()), plan: Some(Plan::Schema) }),
+        ("t0x", Choice { shard: None, plan: Some(Plan::Cluster) }),
+        ("t0x", Choice { shard: Some("own".into()), plan: Some(Plan::Cluster) }),
+    ] {
+        let error = proxy.control.create(&id(tenant), "test", choice.clone()).await.unwrap_err();
+        assert_eq!(error.code, "55000", "{choice:?} {error}");
+    }
+    proxy.control.delete(&id("client_001"), "test").await.unwrap();
+    assert_eq!(left(&own, "client_001|second|tenants").await, Vec::<String>::new());
+    let record = proxy.control.delete(&id("client_002"), "test").await.unwrap();
+    assert!(!record.managed);
+    assert_eq!(left(&old, "boss|app$").await, ["role boss", "database app"]);
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grade_can_be_changed_there_and_back() {
+    let cluster = Cluster::start();
+    let files = template(NOTES);
+    let config = config(&cluster, Some(files.path()));
+    // Allowed by a fresh server, by compat, by strict.
+    let probes = [
+        ("SELECT relname FROM pg_class LIMIT 1", [true, true]),
+        ("SELECT reltuples FROM pg_class LIMIT 1", [true, false]),
+        ("SELECT prosrc FROM pg_proc LIMIT 1", [true, false]),
+        ("SELECT proname FROM pg_proc LIMIT 1", [true, true]),
+        ("SELECT rolname FROM pg_roles LIMIT 1", [true, false]),
+        ("SELECT pg_relation_size('notes')", [true, false]),
+        ("SELECT lo_unlink(lo_create(0))", [true, false]),
+        ("SELECT description FROM pg_description LIMIT 1", [true, false]),
+        ("SELECT pg_catalog.pg_advisory_lock(1)", [false, false]),
+        ("SELECT pg_advisory_lock(1); SELECT pg_advisory_unlock(1)", [true, true]),
+        ("SELECT pg_notify('a', 'b')", [false, false]),
+        ("SELECT lo_export(1, 'x')", [false, false]),
+        ("SELECT count(*) FROM pg_locks", [false, false]),
+        ("INSERT INTO notes (note) VALUES ('x'); UPDATE notes SET note = 'y'; SELECT note FROM notes", [true, true]),
+    ];
+    for (round, grade) in
+        [Hardening::Compat, Hardening::Strict, Hardening::Compat, Hardening::Strict].into_iter().enumerate()
+    {
+        let mut config = config.clone();
+        config.provision.hardening = grade;
+        let proxy = Proxy::start(config).await;
+        for plan in [Plan::Rls, Plan::Schema, Plan::Database] {
+            let first = format!("{}_first", plan.as_str());
+            let fresh = format!("{}_{round}", plan.as_str());
+            proxy.create(&first, plan).await;
+            proxy.create(&fresh, plan).await;
+            for tenant in [first, fresh] {
+                let client = seat(&proxy, &cluster, &tenant).await;
+                for (sql, allowed) in probes {
+                    let expected = allowed[usize::from(grade == Hardening::Strict)];
+                    let got = code(&client, sql).await;
+                    assert_eq!(got == "00000", expected, "{tenant} {grade:?} {got} {sql}");
+                }
+            }
+        }
+        proxy.stop().await;
+    }
+}
