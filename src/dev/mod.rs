@@ -74,7 +74,7 @@ pub enum DevError {
     #[error("{0}")]
     Serve(#[from] ServeError),
     #[error("making tenant {tenant} failed: {error}")]
-    Provision { tenant: TenantId, error: PgError },
+    Provision { tenant: TenantId, error: Box<PgError> },
 }
 
 impl DevError {
@@ -305,7 +305,7 @@ async fn provision(server: &Server, tenants: &[TenantId]) -> Result<Vec<Seat>, D
         let record = control
             .create(id, "pgusher dev", None)
             .await
-            .map_err(|error| DevError::Provision { tenant: id.clone(), error })?;
+            .map_err(|error| DevError::Provision { tenant: id.clone(), error: Box::new(error) })?;
         seats.push(Seat { id: id.clone(), shard: record.shard, schema: record.schema });
     }
     Ok(seats)
