@@ -376,7 +376,8 @@ impl Session {
             }
         };
         let Statements::Shared(max) = self.statements else {
-            self.residue.unknown |= !name.is_empty();
+            // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
+            self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
             self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
