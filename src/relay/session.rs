@@ -72,14 +72,18 @@ pub trait Ward {
     fn function_call_refused(&self);
 }
 
+fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
+    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
+    (scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name)), lex)
+}
+
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
     let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
     if !ward.looks() {
         return Ok(residue(scan::leaves_state(text)));
     }
-    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
-    let seen = scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name));
+    let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
         Some(error) => Err(error),
         None => Ok(residue(seen.leaves_state)),
@@ -413,7 +417,13 @@ impl Session {
     ///
     /// It spares a round trip, and a client that prepares while every server connection is in use by others that wait
     /// for the same thread of the application (as in pgbench) does not block it.
-    pub fn prepare_alone(&mut self, unseen: &[u8], registry: &Registry, answers: &mut BytesMut) -> Option<usize> {
+    pub fn prepare_alone(
+        &mut self,
+        unseen: &[u8],
+        registry: &Registry,
+        ward: &dyn Ward,
+        answers: &mut BytesMut,
+    ) -> Option<usize> {
         let Statements::Shared(_) = self.statements else { return None };
         let header = frame::header(unseen).ok()??;
         let sync = unseen.get(header.total..header.total + HEADER)?;
@@ -424,7 +434,13 @@ impl Session {
         if name.is_empty() || self.named.contains_key(name) {
             return None;
         }
-        self.named.insert(name.into(), registry.accepted(body)?);
+        let statement = registry.accepted(body)?;
+        // It may have been accepted when nobody looked.
+        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        if ward.looks() && see(text, ward).0.suspicious {
+            return None;
+        }
+        self.named.insert(name.into(), statement);
         answers.extend_from_slice(&[b'1', 0, 0, 0, 4]);
         message::ready_for_query(answers, b'I');
         Some(header.total + HEADER)
