@@ -14,10 +14,11 @@ use clap::{Parser, Subcommand};
 use crate::config::{Config, Purpose};
 use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
+use crate::control::shared_tables::Conversion;
 use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
-use crate::tenant::Plan;
+use crate::tenant::{Plan, TenantId};
 use logging::Logging;
 use signals::{Event, Signals};
 
@@ -66,6 +67,11 @@ enum Command {
     Shard {
         #[command(subcommand)]
         command: ShardCommand,
+    },
+    /// Make an application's tables into ones that tenants share (plan rls)
+    Rls {
+        #[command(subcommand)]
+        command: RlsCommand,
     },
     /// Ask a running pgusher whether it is ready; exits with 1 if not
     Health {
@@ -150,6 +156,33 @@ enum ShardCommand {
     },
     /// Add a shard, or change one; existing tenants stay where they are
     Add(#[command(flatten)] ShardAdd),
+}
+
+#[derive(Debug, Subcommand)]
+enum RlsCommand {
+    /// Print the SQL that gives the tables of schema public a tenant column, composite keys, policies and grants
+    Convert {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The shard
+        #[arg(long)]
+        shard: String,
+        /// The database; the shard's rls_database if absent
+        #[arg(long)]
+        database: Option<String>,
+        /// Tables, separated by commas; all of them if absent
+        #[arg(long, value_delimiter = ',')]
+        tables: Vec<String>,
+        /// The tenant that gets the rows that are there
+        #[arg(long, value_name = "TENANT")]
+        default_tenant: Option<String>,
+        /// Do it, in one transaction
+        #[arg(long)]
+        apply: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// `pgusher shard add`
@@ -243,6 +276,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Tenant { command } => tenant(command).await,
         Command::Shard { command } => shard(command).await,
+        Command::Rls { command } => rls(command).await,
         Command::Health { url, timeout } => {
             println!("{}", health::probe(&url, timeout)?);
             Ok(ExitCode::SUCCESS)
@@ -351,6 +385,14 @@ fn confirmed(id: &str) -> Result<bool, Failure> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(answer.trim() == id)
+}
+
+async fn rls(command: RlsCommand) -> Result<ExitCode, Failure> {
+    let RlsCommand::Convert { config, shard, database, tables, default_tenant, apply, json } = command;
+    let default_tenant = default_tenant.map(|id| TenantId::parse(&id)).transpose()?;
+    let conversion = Conversion { shard, database, tables, default_tenant, apply };
+    print!("{}", control::rls_convert(&control_config(&config)?, &conversion, json).await?);
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {

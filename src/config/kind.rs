@@ -407,12 +407,8 @@ impl Word for LogFormat {
 }
 
 impl Word for Plan {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("rls", Self::Rls),
-        ("schema", Self::Schema),
-        ("database", Self::Database),
-        ("cluster", Self::Cluster),
-    ];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("rls", Self::Rls), ("schema", Self::Schema), ("database", Self::Database), ("cluster", Self::Cluster)];
 }
 
 impl Word for Hardening {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::provision::Choice;
 use super::records::{ShardRecord, TenantRecord};
+use super::shared_tables::Conversion;
 use super::{Control, ControlError};
 use crate::config::Config;
 use crate::error::{PgError, sqlstate};
@@ -129,6 +130,28 @@ pub async fn shard_add(config: &Config, shard: &ShardRecord, json: bool) -> Resu
     let control = Control::open(Arc::new(config.clone())).await?;
     control.add_shard(shard, WHO).await?;
     Ok(if json { as_json(shard) } else { format!("shard {} is ready\n", shard.name) })
+}
+
+/// Makes the tables of a database into ones that tenants share, or says how.
+///
+/// # Errors
+/// Every reason why it cannot be done safely.
+pub async fn rls_convert(config: &Config, conversion: &Conversion, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let sql = control.convert_tables(conversion).await?;
+    if json {
+        return Ok(as_json(&serde_json::json!({ "applied": conversion.apply, "sql": sql })));
+    }
+    Ok(script(&sql, conversion.apply))
+}
+
+/// Statements as a person reads them, and psql.
+fn script(sql: &[String], applied: bool) -> String {
+    let end = if applied { "-- done, in one transaction" } else { "-- nothing was changed" };
+    if sql.is_empty() {
+        return "-- nothing to be done\n".to_owned();
+    }
+    format!("BEGIN;\n{};\nCOMMIT;\n{end}\n", sql.join(";\n"))
 }
 
 fn tenant_id(text: &str) -> Result<TenantId, PgError> {

@@ -12,6 +12,7 @@ mod delete;
 pub mod provision;
 pub mod records;
 pub mod shards;
+pub mod shared_tables;
 mod template;
 pub mod tenants;
 

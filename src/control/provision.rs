@@ -26,7 +26,7 @@ use crate::error::{PgError, sqlstate};
 use crate::tenant::credential::{self, Verifier};
 use crate::tenant::plan::{Home, Limits, OWNER, Step, TemplateUse};
 use crate::tenant::sql::Ident;
-use crate::tenant::{Plan, Status, TenantId};
+use crate::tenant::{Plan, Status, TenantId, rls};
 
 /// How a tenant came to be wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -203,12 +203,13 @@ impl Control {
         // A shard that waits for this tenant says more than the plan of all others.
         let own_plan = Plan::ALL.into_iter().find(|plan| plan.wants_own_shard()).filter(|_| own.is_some());
         let plan = choice.plan.or(own_plan).unwrap_or(self.config.provision.plan);
-        let named = match &choice.shard {
-            Some(name) => Some(self.directory.shard(name).ok_or_else(|| {
-                PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{name}\""))
-            })?),
-            None => None,
-        };
+        let named =
+            match &choice.shard {
+                Some(name) => Some(self.directory.shard(name).ok_or_else(|| {
+                    PgError::fatal(sqlstate::UNKNOWN_DATABASE, format!("there is no shard \"{name}\""))
+                })?),
+                None => None,
+            };
         let shard = if plan.wants_own_shard() {
             let own = own.ok_or_else(|| {
                 not_now(format!("no shard is dedicated to tenant \"{id}\"")).hint(format!(
@@ -358,7 +359,18 @@ impl Control {
         let sql = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'public'";
         let comment: Option<String> = transaction.query_one(sql, &[]).await.map_err(&doing)?.get(0);
         if comment.as_deref() != Some(FILLED) {
-            run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
+            let sql =
+                "SELECT EXISTS (SELECT FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r')";
+            // Tables that are there are the operator's: they are taken as they are, if they are safe.
+            if !transaction.query_one(sql, &[]).await.map_err(&doing)?.get::<_, bool>(0) {
+                run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
+            }
+            let wanted = rls::Wanted { rows_to: None, hardening: self.config.provision.hardening };
+            let left = super::shared_tables::convert_all(&transaction, &[], wanted, true).await.map_err(|error| {
+                PgError { message: format!("database \"{database}\": {}", error.message), ..error }
+                    .hint("See `pgusher rls convert --help`, or make the template so that its tables can be shared.")
+            })?;
+            tracing::info!(shard, database, statements = left.len(), "shared the tables of the template");
             let sql = format!("COMMENT ON SCHEMA public IS '{FILLED}'");
             transaction.batch_execute(&sql).await.map_err(&doing)?;
         }
@@ -569,10 +581,7 @@ async fn run_template(
     let started = transaction_id(transaction).await?;
     for file in files {
         // For each file anew: the one before may have set what it liked (pg_dump's empties the search_path).
-        let enter = format!(
-            "SET LOCAL SESSION AUTHORIZATION {}; SET LOCAL search_path = {path}",
-            Ident(role)
-        );
+        let enter = format!("SET LOCAL SESSION AUTHORIZATION {}; SET LOCAL search_path = {path}", Ident(role));
         transaction.batch_execute(&enter).await.map_err(&doing)?;
         let mut done = 0;
         let run = async {

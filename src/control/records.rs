@@ -94,12 +94,7 @@ impl TenantRecord {
 
     /// Its place.
     pub(crate) fn home(&self, id: &TenantId) -> Home {
-        Home {
-            id: id.clone(),
-            database: self.database.clone(),
-            schema: self.schema.clone(),
-            role: self.role.clone(),
-        }
+        Home { id: id.clone(), database: self.database.clone(), schema: self.schema.clone(), role: self.role.clone() }
     }
 
     /// Its plan.

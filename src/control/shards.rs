@@ -230,7 +230,7 @@ impl Control {
         format!("setup {SETUP_VERSION} on {version} {}", self.config.provision.hardening.as_str())
     }
 
-    async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
+    pub(super) async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
         let unreachable = |error: crate::directory::connector::ConnectError| {
             tracing::warn!(shard, at = %endpoint, %error, "cannot connect");
             PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("shard \"{shard}\" is not reachable"))
@@ -269,7 +269,9 @@ impl Control {
                 // One that cannot be done now must not keep others from being done; the next start tries again.
                 match hardened.await {
                     Ok(()) => tracing::info!(shard, database = name, mark, "set up the tenant's database"),
-                    Err(error) => tracing::error!(shard, database = name, %error, "cannot set up the tenant's database"),
+                    Err(error) => {
+                        tracing::error!(shard, database = name, %error, "cannot set up the tenant's database")
+                    }
                 }
             }
         }

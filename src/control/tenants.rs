@@ -68,12 +68,7 @@ impl Control {
     ///
     /// # Errors
     /// What is told to whoever asked.
-    pub async fn create(
-        self: &Arc<Self>,
-        id: &TenantId,
-        who: &str,
-        choice: Choice,
-    ) -> Result<TenantRecord, PgError> {
+    pub async fn create(self: &Arc<Self>, id: &TenantId, who: &str, choice: Choice) -> Result<TenantRecord, PgError> {
         let plan = choice.plan;
         self.make(id, who, Wanted::ByOperator(choice)).await?;
         self.sync().await;

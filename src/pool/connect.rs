@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
 use super::params::Params;
+use super::passwords::Passwords;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
 use super::tls::ClientTls;
-use super::passwords::Passwords;
 use super::{DATABASE, Settings, Slot};
 use crate::directory::Shard;
 use crate::error::{PgError, sqlstate};

@@ -5,6 +5,7 @@
 pub mod credential;
 pub mod identify;
 pub mod plan;
+pub mod rls;
 pub mod sql;
 
 use std::borrow::Borrow;

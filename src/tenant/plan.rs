@@ -421,17 +421,10 @@ impl Plan {
                      END LOOP; SET LOCAL session_replication_role = origin; END",
                     Literal(&home.role)
                 );
-                Deprovision {
-                    inside: vec![format!("DO {}", Literal(&rows)), drop_owned, drop_role],
-                    after: Vec::new(),
-                }
+                Deprovision { inside: vec![format!("DO {}", Literal(&rows)), drop_owned, drop_role], after: Vec::new() }
             }
             Self::Schema => Deprovision {
-                inside: vec![
-                    drop_owned,
-                    format!("DROP SCHEMA IF EXISTS {} CASCADE", Ident(&home.schema)),
-                    drop_role,
-                ],
+                inside: vec![drop_owned, format!("DROP SCHEMA IF EXISTS {} CASCADE", Ident(&home.schema)), drop_role],
                 after: Vec::new(),
             },
             Self::Database => Deprovision {
