@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgusher::config::{Config, Secret, ShardConfig};
+use pgusher::control::adopt::{Adopted, Adoption};
 use pgusher::control::provision::Choice;
 use pgusher::control::shared_tables::Conversion;
 use pgusher::control::{Control, NoTraffic};
@@ -509,5 +510,176 @@ async fn what_cannot_be_shared_safely_is_refused_with_the_reason() {
             .await
             .unwrap();
     }
+    proxy.stop().await;
+}
+
+fn adoption(tenant: &str, plan: Plan, fix: bool) -> Adoption {
+    Adoption { id: id(tenant), plan, shard: "shard_1".into(), schema: None, database: None, role: None, fix }
+}
+
+fn told(adopted: &Adopted) -> Vec<&str> {
+    adopted.findings.iter().map(|finding| finding.what.as_str()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_is_adopted_when_every_defect_in_it_is_repaired() {
+    let cluster = Cluster::start();
+    let proxy = Proxy::start(config(&cluster, None)).await;
+    proxy.create("neighbour", Plan::Schema).await;
+    let admin = cluster.admin("tenants").await;
+    admin
+        .batch_execute(
+            "CREATE ROLE old LOGIN CREATEROLE BYPASSRLS; CREATE ROLE boss; CREATE ROLE spy LOGIN;
+             GRANT boss TO old; GRANT old TO spy; ALTER ROLE old SET work_mem = '1MB';
+             GRANT CREATE ON DATABASE tenants TO old;
+             CREATE SCHEMA shop AUTHORIZATION old; GRANT USAGE ON SCHEMA shop TO PUBLIC;
+             CREATE TABLE shop.a (id serial PRIMARY KEY, note text); GRANT SELECT ON shop.a TO PUBLIC;
+             GRANT UPDATE (note) ON shop.a TO spy;
+             CREATE TABLE shop.b (id int REFERENCES shop.a); ALTER TABLE shop.b OWNER TO old;
+             ALTER TABLE shop.b ENABLE ROW LEVEL SECURITY;
+             CREATE VIEW shop.v AS SELECT * FROM shop.a;
+             CREATE FUNCTION shop.f() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';
+             GRANT EXECUTE ON FUNCTION shop.f() TO spy;
+             CREATE TYPE shop.e AS ENUM ('x');
+             ALTER DEFAULT PRIVILEGES FOR ROLE old IN SCHEMA shop GRANT SELECT ON TABLES TO spy;
+             INSERT INTO shop.a (note) VALUES ('kept');
+             CREATE SCHEMA other; GRANT USAGE ON SCHEMA other TO old;
+             CREATE TABLE other.o (id int PRIMARY KEY); GRANT SELECT ON other.o TO old",
+        )
+        .await
+        .unwrap();
+    let wanted =
+        |fix| Adoption { schema: Some("shop".into()), role: Some("old".into()), ..adoption("shop", Plan::Schema, fix) };
+    let seen = proxy.control.adopt(&wanted(false), "test").await.unwrap();
+    assert!(!seen.adopted);
+    for part in [
+        "role old is CREATEROLE",
+        "role old is BYPASSRLS",
+        "role old is a member of boss",
+        "role spy is a member of old and can do what it can",
+        "role old has settings of its own: work_mem=1MB",
+        "role old may CREATE on database tenants",
+        "schema shop belongs to old",
+        "PUBLIC may USAGE on schema shop",
+        "shop.a belongs to postgres",
+        "PUBLIC may SELECT on shop.a",
+        "spy may UPDATE on shop.a",
+        "shop.b has policies that its owner need not obey (no FORCE)",
+        "shop.v belongs to postgres",
+        "routine shop.f() belongs to postgres, as whom it runs",
+        "spy may execute shop.f()",
+        "type shop.e belongs to postgres",
+        "what old makes in schema shop, spy may SELECT",
+        "role old may USAGE on schema other",
+        "role old may SELECT on other.o",
+    ] {
+        assert!(told(&seen).contains(&part), "{part}: {:#?}", told(&seen));
+    }
+    assert!(!seen.sql.join("").contains("SCRAM"), "no verifier is shown");
+    assert!(proxy.directory.find("shop").is_none());
+    assert_eq!(
+        count(&admin, "SELECT count(*) FROM pg_namespace n WHERE nspname = 'shop' AND nspowner = 'old'::regrole").await,
+        1
+    );
+    // What somebody must decide stops it, even with fix.
+    admin.batch_execute("CREATE TABLE shop.x (o int REFERENCES other.o)").await.unwrap();
+    let blocked = proxy.control.adopt(&wanted(true), "test").await.unwrap();
+    assert!(!blocked.adopted);
+    assert!(told(&blocked).contains(&"foreign key x_o_fkey of shop.x leads to other.o"), "{:#?}", told(&blocked));
+    admin.batch_execute("DROP TABLE shop.x").await.unwrap();
+    let done = proxy.control.adopt(&wanted(true), "test").await.unwrap();
+    assert!(done.adopted, "{done:#?}");
+    let client = seat(&proxy, &cluster, "shop").await;
+    assert_eq!(count(&client, "SELECT count(*) FROM a JOIN v USING (id) WHERE v.note = 'kept'").await, 1);
+    client
+        .batch_execute("INSERT INTO a (note) VALUES ('new'); ALTER TABLE b ADD COLUMN c int; CREATE TABLE d ()")
+        .await
+        .unwrap();
+    for (sql, expected) in [
+        ("SELECT * FROM neighbour.x", "42501"),
+        ("SELECT * FROM other.o", "42501"),
+        ("SET ROLE boss", "42501"),
+        ("CREATE SCHEMA y", "42501"),
+        ("CREATE ROLE y", "42501"),
+        (
+            "GRANT USAGE ON SCHEMA shop TO neighbour; SELECT 1 / has_schema_privilege('neighbour', 'shop', 'USAGE')::int",
+            "22012",
+        ),
+    ] {
+        assert_eq!(code(&client, sql).await, expected, "{sql}");
+    }
+    admin.batch_execute("SET SESSION AUTHORIZATION spy").await.unwrap();
+    for sql in ["SELECT * FROM shop.a", "SELECT shop.f()", "SET ROLE old"] {
+        assert_eq!(code(&admin, sql).await, "42501", "{sql}");
+    }
+    admin.batch_execute("RESET SESSION AUTHORIZATION").await.unwrap();
+    // It is looked at again: nothing is found, and the place is taken.
+    let error = proxy.control.adopt(&wanted(false), "test").await.unwrap_err();
+    assert_eq!(error.code, "55000", "{error}");
+    proxy.control.delete(&id("shop"), "test").await.unwrap();
+    assert_eq!(left(&cluster, "^old$").await, Vec::<String>::new());
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_adopted_when_every_defect_in_it_is_repaired() {
+    let cluster = Cluster::start();
+    let proxy = Proxy::start(config(&cluster, None)).await;
+    let server = cluster.admin("postgres").await;
+    for sql in [
+        "CREATE ROLE old LOGIN",
+        "CREATE ROLE spy LOGIN PASSWORD 'spy'",
+        "CREATE DATABASE legacy OWNER old",
+        "GRANT CREATE ON DATABASE legacy TO spy",
+    ] {
+        server.batch_execute(sql).await.unwrap();
+    }
+    let admin = cluster.admin("legacy").await;
+    admin
+        .batch_execute(
+            "CREATE TABLE notes (id bigserial PRIMARY KEY, note text); INSERT INTO notes (note) VALUES ('kept');
+             CREATE SCHEMA more AUTHORIZATION spy; CREATE TABLE more.m (a int);
+             GRANT ALL ON SCHEMA public TO PUBLIC;
+             CREATE FUNCTION f() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';
+             CREATE EXTENSION pg_trgm",
+        )
+        .await
+        .unwrap_or_else(|error| {
+            assert!(error.code().unwrap().code() == "0A000" || error.code().unwrap().code() == "58P01", "{error}")
+        });
+    let wanted = |fix| Adoption {
+        database: Some("legacy".into()),
+        role: Some("old".into()),
+        ..adoption("shop", Plan::Database, fix)
+    };
+    let seen = proxy.control.adopt(&wanted(false), "test").await.unwrap();
+    for part in [
+        "database legacy belongs to old",
+        "spy may CREATE on database legacy",
+        "PUBLIC may CONNECT, TEMPORARY on database legacy",
+    ] {
+        assert!(told(&seen).contains(&part), "{part}: {:#?}", told(&seen));
+    }
+    admin.batch_execute("CREATE TABLE IF NOT EXISTS notes (id bigserial PRIMARY KEY, note text)").await.unwrap();
+    let done = proxy.control.adopt(&wanted(true), "test").await.unwrap();
+    assert!(done.adopted, "{done:#?}");
+    let client = seat(&proxy, &cluster, "shop").await;
+    client
+        .batch_execute("INSERT INTO notes (note) VALUES ('new'); CREATE TABLE t (); SELECT pg_advisory_lock(1)")
+        .await
+        .unwrap();
+    assert_eq!(code(&client, "CREATE SCHEMA x").await, "42501");
+    assert_eq!(code(&client, "SELECT * FROM pg_stat_activity").await, "42501");
+    let refused = cluster.connect("spy", "spy", "legacy").await.err().unwrap();
+    assert_eq!(refused.code().unwrap().code(), "42501");
+    for name in ["tenants", "postgres", "pgusher"] {
+        let bad =
+            Adoption { database: Some(name.into()), role: Some("spy".into()), ..adoption("bad", Plan::Database, true) };
+        let refused = proxy.control.adopt(&bad, "test").await;
+        assert!(refused.as_ref().map_or(true, |seen| !seen.adopted), "{name} {refused:?}");
+    }
+    drop(client);
+    proxy.control.delete(&id("shop"), "test").await.unwrap();
+    assert_eq!(left(&cluster, "^(old|legacy)$").await, Vec::<String>::new());
     proxy.stop().await;
 }

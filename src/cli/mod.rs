@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Purpose};
+use crate::control::adopt::Adoption;
 use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
 use crate::control::shared_tables::Conversion;
@@ -98,6 +99,34 @@ enum TenantCommand {
         /// Its plan: rls, schema, database, cluster; the configuration decides if absent
         #[arg(long, value_parser = plan)]
         plan: Option<Plan>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a tenant of a schema or database that is there; says what contradicts the plan, and repairs it if told to
+    Adopt {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The tenant's name
+        id: String,
+        /// schema or database
+        #[arg(long, value_parser = plan)]
+        plan: Plan,
+        /// The shard that it is on
+        #[arg(long)]
+        shard: String,
+        /// The schema; the tenant's name, or public in a database, if absent
+        #[arg(long)]
+        schema: Option<String>,
+        /// The database; the shard's, or the tenant's name for plan database, if absent
+        #[arg(long)]
+        database: Option<String>,
+        /// The role; the tenant's name if absent. Its password is changed
+        #[arg(long)]
+        role: Option<String>,
+        /// Repair what is found, in one transaction
+        #[arg(long)]
+        fix: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -363,6 +392,10 @@ async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
     let text = match command {
         TenantCommand::Create { config, id, shard, plan, json } => {
             control::tenant_create(&control_config(&config)?, &id, &Choice { shard, plan }, json).await?
+        }
+        TenantCommand::Adopt { config, id, plan, shard, schema, database, role, fix, json } => {
+            let adoption = Adoption { id: TenantId::parse(&id)?, plan, shard, schema, database, role, fix };
+            control::tenant_adopt(&control_config(&config)?, &adoption, json).await?
         }
         TenantCommand::List { config, after, limit, deleted, json } => {
             control::tenant_list(&control_config(&config)?, after.as_deref(), limit, deleted, json).await?

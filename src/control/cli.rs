@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::adopt::Adoption;
 use super::provision::Choice;
 use super::records::{ShardRecord, TenantRecord};
 use super::shared_tables::Conversion;
@@ -15,6 +16,7 @@ use super::{Control, ControlError};
 use crate::config::Config;
 use crate::error::{PgError, sqlstate};
 use crate::tenant::TenantId;
+use crate::tenant::adopt::Weight;
 
 /// Who did it, in the event log.
 const WHO: &str = "command line";
@@ -143,6 +145,37 @@ pub async fn rls_convert(config: &Config, conversion: &Conversion, json: bool) -
         return Ok(as_json(&serde_json::json!({ "applied": conversion.apply, "sql": sql })));
     }
     Ok(script(&sql, conversion.apply))
+}
+
+/// Takes in a schema or database that is there, or says what contradicts the plan.
+///
+/// # Errors
+/// What the server or the catalog said.
+pub async fn tenant_adopt(config: &Config, adoption: &Adoption, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let done = control.adopt(adoption, WHO).await?;
+    if json {
+        return Ok(as_json(&done));
+    }
+    let mut text = String::new();
+    for finding in &done.findings {
+        let weight = match finding.weight {
+            Weight::Note => "note",
+            Weight::Fix if done.adopted => "repaired",
+            Weight::Fix => "wrong",
+            Weight::Blocks => "in the way",
+        };
+        let _ = writeln!(text, "-- {weight}: {}", finding.what);
+    }
+    text += &script(&done.sql, done.adopted);
+    let _ = match done.adopted {
+        true => writeln!(text, "-- tenant {} is active", adoption.id),
+        false if done.findings.iter().any(|finding| finding.weight == Weight::Blocks) => {
+            writeln!(text, "-- what is in the way must be removed by hand")
+        }
+        false => writeln!(text, "-- with --fix this is run, and the tenant registered"),
+    };
+    Ok(text)
 }
 
 /// Statements as a person reads them, and psql.

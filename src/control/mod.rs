@@ -6,6 +6,7 @@
 //! tenant into the directory, so that an older state never wins over a newer one.
 
 pub(crate) mod admin;
+pub mod adopt;
 pub mod api;
 pub mod cli;
 mod delete;

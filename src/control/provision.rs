@@ -192,7 +192,7 @@ impl Control {
     }
 
     /// Which plan and which shard a new tenant gets.
-    fn choose(&self, id: &TenantId, wanted: &Wanted) -> Result<(Plan, Arc<Shard>), PgError> {
+    pub(super) fn choose(&self, id: &TenantId, wanted: &Wanted) -> Result<(Plan, Arc<Shard>), PgError> {
         let none = Choice::default();
         let choice = match wanted {
             Wanted::ByOperator(choice) => choice,
@@ -243,17 +243,30 @@ impl Control {
         if let Some(role) = given {
             home.role = role;
         }
+        self.put_row(catalog, plan, &shard.name, &home, managed).await?;
+        Ok(Claim::LookAgain)
+    }
+
+    /// Writes the row of a tenant that is being made, unless there is a live one.
+    pub(super) async fn put_row(
+        &self,
+        catalog: &Admin,
+        plan: Plan,
+        shard: &str,
+        home: &Home,
+        managed: bool,
+    ) -> Result<(), PgError> {
         let sql = "INSERT INTO pgusher.tenants AS t (id, plan, shard, database, schema, role, managed, status) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, 'creating') ON CONFLICT (id) DO UPDATE SET \
                    plan = EXCLUDED.plan, shard = EXCLUDED.shard, database = EXCLUDED.database, \
                    schema = EXCLUDED.schema, role = EXCLUDED.role, managed = EXCLUDED.managed, status = 'creating', \
                    epoch = t.epoch + 1, attempt = NULL WHERE t.status = 'deleted'";
-        let Home { database, schema, role, .. } = &home;
+        let Home { id, database, schema, role } = home;
         catalog
-            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard.name, database, schema, role, &managed])
+            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard, database, schema, role, &managed])
             .await
             .map_err(failed("write the tenant into the catalog"))?;
-        Ok(Claim::LookAgain)
+        Ok(())
     }
 
     /// Makes the place and activates the tenant; `false` if the row turned out to be somebody else's by now.
@@ -387,7 +400,7 @@ impl Control {
     }
 
     /// Verifiers for the server's role and for the tenant's own login; PBKDF2 takes its time, so not on this thread.
-    async fn verifiers(&self, id: &TenantId, role: &str) -> Result<(Verifier, Verifier), PgError> {
+    pub(super) async fn verifiers(&self, id: &TenantId, role: &str) -> Result<(Verifier, Verifier), PgError> {
         let (config, id, role) = (self.config.clone(), id.clone(), role.to_owned());
         let work = move || {
             let secret = config.provision.master_secret.expose();
@@ -412,7 +425,7 @@ impl Control {
         Ok(taken == 1)
     }
 
-    async fn activate(&self, id: &TenantId, verifier: &Verifier, who: &str) -> Result<bool, PgError> {
+    pub(super) async fn activate(&self, id: &TenantId, verifier: &Verifier, who: &str) -> Result<bool, PgError> {
         let mut catalog = self.catalog().await?;
         let doing = failed("activate the tenant in the catalog");
         let transaction = catalog.transaction().await.map_err(&doing)?;

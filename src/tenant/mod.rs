@@ -2,6 +2,7 @@
 //!
 //! Invariant: a [`TenantId`] is always valid; it has one constructor, [`TenantId::parse`].
 
+pub mod adopt;
 pub mod credential;
 pub mod identify;
 pub mod plan;
