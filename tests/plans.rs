@@ -9,12 +9,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pgusher::config::{Config, Secret, ShardConfig};
+use pgusher::config::{Config, Secret, ShardConfig, User};
 use pgusher::control::adopt::{Adopted, Adoption};
 use pgusher::control::provision::Choice;
 use pgusher::control::shared_tables::Conversion;
 use pgusher::control::{Control, NoTraffic};
 use pgusher::directory::Directory;
+use pgusher::server::Server;
 use pgusher::tenant::credential::server_password;
 use pgusher::tenant::plan::Hardening;
 use pgusher::tenant::{Plan, TenantId};
@@ -295,6 +296,15 @@ async fn a_grade_can_be_changed_there_and_back() {
         for plan in [Plan::Rls, Plan::Schema, Plan::Database] {
             let first = format!("{}_first", plan.as_str());
             let fresh = format!("{}_{round}", plan.as_str());
+            if round > 0 {
+                // Without a new tenant: what is there is brought to the grade at the start.
+                let client = seat(&proxy, &cluster, &first).await;
+                let until = tokio::time::Instant::now() + Duration::from_secs(20);
+                while (code(&client, "SELECT rolname FROM pg_roles").await == "00000") != (grade == Hardening::Compat) {
+                    assert!(tokio::time::Instant::now() < until, "{first} was not brought to {grade:?}");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
             proxy.create(&first, plan).await;
             proxy.create(&fresh, plan).await;
             for tenant in [first, fresh] {
@@ -682,4 +692,73 @@ async fn a_database_is_adopted_when_every_defect_in_it_is_repaired() {
     proxy.control.delete(&id("shop"), "test").await.unwrap();
     assert_eq!(left(&cluster, "^(old|legacy)$").await, Vec::<String>::new());
     proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_the_proxy_only_a_tenant_with_its_own_shard_chooses_a_database_and_may_be_superuser() {
+    let (shared, old) = (Cluster::start(), Cluster::start());
+    let admin = old.admin("postgres").await;
+    admin.batch_execute("CREATE ROLE boss LOGIN SUPERUSER PASSWORD 'given'").await.unwrap();
+    for sql in ["CREATE DATABASE app", "CREATE DATABASE second"] {
+        admin.batch_execute(sql).await.unwrap();
+    }
+    let files = template(NOTES);
+    let mut config = config(&shared, Some(files.path()));
+    config.shards.push(ShardConfig {
+        dedicated_to: Some("client_001".into()),
+        database: "app".into(),
+        tenant_role: Some("boss".into()),
+        tenant_password: Secret::new("given"),
+        ..shard("old", &old)
+    });
+    config.users.push(User {
+        name: "app".into(),
+        password: Secret::new("pw"),
+        tenants: vec!["*".into()],
+        auto_provision: true,
+    });
+    config.proxy.listen_port = support::postgres::free_port();
+    config.api.listen = String::new();
+    config.metrics.listen = String::new();
+    let server = Server::start(config.clone()).await.unwrap();
+    let connect = async |user: &str, database: &str| {
+        let (client, connection) = tokio_postgres::Config::new()
+            .host("127.0.0.1")
+            .port(config.proxy.listen_port)
+            .user(user)
+            .password("pw")
+            .dbname(database)
+            .connect(tokio_postgres::NoTls)
+            .await?;
+        tokio::spawn(connection);
+        let row = client.query_one("SELECT current_database()::text, session_user::text", &[]).await?;
+        Ok::<(String, String), tokio_postgres::Error>((row.get(0), row.get(1)))
+    };
+    for (asked, got) in [("client_001", "app"), ("app.client_001", "app"), ("second", "second"), ("app", "app")] {
+        assert_eq!(connect("app.client_001", asked).await.unwrap(), (got.into(), "boss".into()), "{asked}");
+    }
+    for refused in ["nothing", "second"] {
+        let error = connect("app.client_002", refused).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "3D000", "{refused}");
+    }
+    let error = connect("app.client_001", "nothing").await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "3D000", "the server's own word");
+    assert_eq!(connect("app.client_002", "client_002").await.unwrap(), ("tenants".into(), "client_002".into()));
+    // Elsewhere a superuser is nobody's server connection.
+    shared.admin("postgres").await.batch_execute("ALTER ROLE client_003 SUPERUSER").await.unwrap_err();
+    connect("app.client_003", "client_003").await.unwrap();
+    shared.admin("postgres").await.batch_execute("ALTER ROLE client_003 SUPERUSER").await.unwrap();
+    let fresh = tokio_postgres::Config::new()
+        .host("127.0.0.1")
+        .port(config.proxy.listen_port)
+        .user("app.client_003")
+        .password("pw")
+        .dbname("client_003")
+        .options("-c work_mem=7MB")
+        .connect(tokio_postgres::NoTls)
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(fresh.as_db_error().unwrap().message(), "the server logged in as somebody else");
+    server.drain(Duration::from_secs(5)).await;
 }

@@ -72,6 +72,14 @@ impl Control {
         {
             return Err(not_now(format!("database \"{}\" is not one of a tenant", home.database)));
         }
+        let planned = plan.home(id, shard.databases()).database;
+        if plan.private_schema(&home).is_some() && home.database != planned {
+            return Err(not_now(format!(
+                "schemas of tenants are in database \"{planned}\" of shard \"{}\"",
+                shard.name
+            ))
+            .hint("Add a shard for the other database, or adopt it whole: --plan database."));
+        }
         self.check_names(id, &home, &shard.name).await?;
         if adoption.fix {
             self.ensure_setup(&shard, *plan).await?;

@@ -340,11 +340,10 @@ impl Control {
         self.catalog.sweep();
         self.pools.iter().for_each(|pool| pool.sweep());
         for shard in self.directory.shards() {
-            let plan = self.config.provision.plan;
-            if shard.dedicated_to.is_some() || plan.wants_own_shard() {
+            if shard.dedicated_to.is_some() {
                 continue;
             }
-            if let Err(error) = self.ensure_setup(&shard, plan).await {
+            if let Err(error) = self.setup_plans(&shard).await {
                 tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
             }
         }

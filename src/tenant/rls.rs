@@ -278,7 +278,7 @@ mod tests {
             obstacles: vec!["is partitioned".into()],
             ..table("odd")
         };
-        let reasons = convert(&[odd.clone()], WANTED).unwrap_err();
+        let reasons = convert(std::slice::from_ref(&odd), WANTED).unwrap_err();
         assert_eq!(reasons.len(), 4, "{reasons:#?}");
         assert!(reasons.iter().all(|reason| reason.starts_with("table odd: ")));
         let done = Table { converted: true, ..odd };
