@@ -55,7 +55,9 @@ async fn nothing_leaks_in_transaction_mode() {
 /// The tests above are worth something only if a leak is seen as one.
 #[tokio::test]
 async fn a_leak_is_seen() {
-    let rules = Rules { plan: "schema".to_owned(), pool_mode: "session".to_owned(), ..Rules::default() };
+    // The guard would stand before the wall.
+    let guard = Some("off".to_owned());
+    let rules = Rules { plan: "schema".to_owned(), pool_mode: "session".to_owned(), guard, ..Rules::default() };
     let Some(dev) = Dev::start(Path::new(env!("CARGO_BIN_EXE_pgusher")), &rules).await.unwrap() else {
         eprintln!("skipped: no PostgreSQL");
         return;

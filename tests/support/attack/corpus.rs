@@ -298,6 +298,10 @@ pub fn load(folder: &Path) -> Result<Vec<Entry>, Error> {
     Ok(entries)
 }
 
+fn incomplete(path: &Path, line: &str) -> Error {
+    format!("{}: not `id plan grade reason`: {line}", path.display()).into()
+}
+
 /// Leaks that a plan cannot prevent: lines `id plan grade reason`, where the grade is `compat`, `strict` or `any`.
 #[derive(Debug, Default)]
 pub struct Unstoppable(Vec<(String, String, String, String)>);
@@ -312,12 +316,13 @@ impl Unstoppable {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let mut words = line.splitn(4, char::is_whitespace).map(|word| word.trim().to_owned());
-            let (Some(id), Some(plan), Some(grade), Some(reason)) =
-                (words.next(), words.next(), words.next(), words.next())
-            else {
-                return Err(format!("{}: not `id plan grade reason`: {line}", path.display()).into());
-            };
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let [id, plan, grade, reason @ ..] = words.as_slice() else { return Err(incomplete(path, line)) };
+            if reason.is_empty() || !["compat", "strict", "any"].contains(grade) {
+                return Err(incomplete(path, line));
+            }
+            let [id, plan, grade] = [id, plan, grade].map(|word| (*word).to_owned());
+            let reason = reason.join(" ");
             list.push((id, plan, grade, reason));
         }
         Ok(Self(list))

@@ -1,7 +1,7 @@
 //! What the tenants own when an entry starts: `users`, `services` and `bookings` with three rows each, whose `note` is
 //! `SECRET_OF_<tenant>`, and nothing else.
 //!
-//! It is put back before every entry, by a superuser who runs nothing that a tenant made. What the product decides
+//! It is put back after every entry, by a superuser who runs nothing that a tenant made. What the product decides
 //! (roles, grants, owners, settings) is not made here but remembered at the start; if an entry changed it, it is put
 //! back and reported: a tenant must not be able to.
 
@@ -25,7 +25,7 @@ struct Place {
 }
 
 impl Fixture {
-    /// Connects, and remembers what the product made.
+    /// Connects, remembers what the product made, and makes the tables.
     ///
     /// # Errors
     /// A server is not there, or not as expected.
@@ -42,7 +42,9 @@ impl Fixture {
             admin.batch_execute(REMEMBER).await?;
             places.push(Place { admin, tenants });
         }
-        Ok(Self { plan: plan.to_owned(), places })
+        let fixture = Self { plan: plan.to_owned(), places };
+        fixture.reset().await?;
+        Ok(fixture)
     }
 
     /// Puts everything back; says what should not have been possible to change, if anything was.

@@ -88,12 +88,13 @@ impl Runner {
         if let Err(error) = self.try_entry(entry, &mut outcome).await {
             let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
             outcome.broken = Some(format!("{error}{source}"));
+            // For the next entry; if it fails, that one will say so.
+            let _ = self.fixture.reset().await;
         }
         outcome
     }
 
     async fn try_entry(&self, entry: &Entry, outcome: &mut Outcome) -> Result<(), Error> {
-        self.fixture.reset().await?;
         let before = self.violations().await?;
         let mut replies = if entry.steps.is_empty() {
             let (setup, sql, then) = self.run_sql(entry).await?;
