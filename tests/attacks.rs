@@ -61,10 +61,14 @@ async fn a_leak_is_seen() {
         return;
     };
     let target = dev.target("schema").unwrap();
-    let (admin, connection) = tokio_postgres::connect(&target.admins["client_001"], tokio_postgres::NoTls).await.unwrap();
+    let (admin, connection) =
+        tokio_postgres::connect(&target.admins["client_001"], tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     // A wall with a door.
-    admin.batch_execute("GRANT USAGE ON SCHEMA client_002 TO client_001; GRANT client_002 TO client_001").await.unwrap();
+    admin
+        .batch_execute("GRANT USAGE ON SCHEMA client_002 TO client_001; GRANT client_002 TO client_001")
+        .await
+        .unwrap();
     let fixture = Fixture::prepare("schema", &target).await.unwrap();
     let runner = Runner {
         target,
