@@ -1,0 +1,434 @@
+//! What happens while a client holds a server connection: frames both ways, until the transaction is over.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::time::Instant;
+
+use super::watch::{Guard, attempt, note_error};
+use super::*;
+
+impl Relay {
+    /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
+    pub(super) async fn lend(&mut self, mut lease: Lease) -> Option<End> {
+        let conn = lease.conn();
+        let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
+        if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
+            return Some(end);
+        }
+        self.client.key.entry.bind(lease.conn().cancel_target());
+        self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
+        (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
+        let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
+        while matches!(outcome, Outcome::Done) && self.must_settle() {
+            outcome = match Box::pin(self.settle(&mut lease)).await {
+                Err(error) => Outcome::Told(error),
+                Ok(()) if self.pinned.is_none() => break,
+                Ok(()) => poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await,
+            };
+        }
+        self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
+        self.client.key.entry.unbind();
+        match outcome {
+            Outcome::Done => {
+                self.give_back(lease);
+                self.leaving.then_some(End::Left)
+            }
+            Outcome::ClientGone if self.session.is_idle() && self.up.is_empty() && !self.down.in_frame() => {
+                self.give_back(lease);
+                Some(End::Left)
+            }
+            Outcome::ClientGone => {
+                lease.abandon();
+                Some(End::Lost)
+            }
+            // Its own words, if it had any, are on their way to the client.
+            Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
+                poll_fn(|cx| self.poll_send_down(cx)).await.ok();
+                Some(End::Server)
+            }
+            Outcome::ServerGone => Some(End::Told(
+                PgError::fatal(sqlstate::CONNECTION_FAILURE, "the server closed the connection unexpectedly")
+                    .hint("The server process ended, or the server went down; connect again."),
+            )),
+            Outcome::Told(error) => {
+                lease.abandon();
+                Some(End::Told(error))
+            }
+        }
+    }
+
+    fn give_back(&mut self, mut lease: Lease) {
+        let clean = self.session.take_residue().is_none() && self.pinned.is_none();
+        self.pin(None);
+        self.client.params = lease.conn().params.clone();
+        let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
+        lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
+    }
+
+    /// Makes the server's settings the client's, where they differ. Happens outside any transaction, before the
+    /// client's first byte is sent.
+    async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
+        let conn = lease.conn();
+        if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
+            let statements = [script.as_str()];
+            let work = conn.simple_queries(&statements);
+            let failed = |detail: String| {
+                let text = "could not restore the session's settings";
+                End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
+            };
+            match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return Err(failed(format!("{error}."))),
+                Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
+            }
+        }
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
+        Ok(())
+    }
+
+    /// Whether something may be left on the server connection that has to be found out before it can go back, or stay.
+    fn must_settle(&self) -> bool {
+        self.client.rules.pool_mode == PoolMode::Auto && self.session.has_residue() && !self.leaving
+    }
+
+    /// Finds out what the transaction has left behind, while the client already has its answer.
+    async fn settle(&mut self, lease: &mut Lease) -> Result<(), PgError> {
+        poll_fn(|cx| {
+            // As much of it as it takes: whether it has gone is found out later.
+            let _ = self.poll_send_down(cx);
+            Poll::Ready(())
+        })
+        .await;
+        let residue = self.session.take_residue();
+        let conn = lease.conn();
+        let failed = |detail: String| {
+            let text = "lost track of the session's state";
+            PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail).hint("Connect again.")
+        };
+        let work = settle::settle(conn, &residue, &self.carried);
+        let settled = tokio::time::timeout(self.client.rules.settle_timeout(), work).await;
+        let settled = settled
+            .map_err(|_| failed("The server did not say in time what the session holds.".to_owned()))?
+            .map_err(|error| failed(format!("{error}.")))?;
+        self.carried = self.pool.intern_carried(settled.carried);
+        conn.applied = self.carried.clone();
+        self.client.params = conn.params.clone();
+        self.pin(settled.pinned);
+        Ok(())
+    }
+
+    pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
+        let pinned = &self.worker.stats.clients_pinned;
+        if let Some(old) = self.pinned {
+            pinned[old].fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(new) = reason {
+            pinned[new].fetch_add(1, Ordering::Relaxed);
+        }
+        self.pinned = reason;
+    }
+
+    fn poll_exchange(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Outcome> {
+        loop {
+            match self.client.signals.poll(cx) {
+                Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
+                Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
+                    return Poll::Ready(Outcome::Told(reason));
+                }
+                // A wait that was cancelled too late: the request is at the server now, and is left alone.
+                Poll::Ready(Signal::CancelWait) => continue,
+                _ => {}
+            }
+            let up = self.poll_up(cx, lease);
+            if let Poll::Ready(Some(outcome)) = up {
+                return Poll::Ready(outcome);
+            }
+            let down = self.poll_down(cx, lease);
+            if let Poll::Ready(Some(outcome)) = down {
+                return Poll::Ready(outcome);
+            }
+            if self.is_over() {
+                return Poll::Ready(Outcome::Done);
+            }
+            if self.leaving && self.session.waits_for_client() {
+                return Poll::Ready(Outcome::ClientGone);
+            }
+            if down.is_pending() && up.is_pending() {
+                return if self.is_too_slow(cx) { Poll::Ready(self.too_slow()) } else { Poll::Pending };
+            }
+        }
+    }
+
+    /// Whether the server connection has done its work for this client.
+    #[inline]
+    fn is_over(&self) -> bool {
+        let wanted = match self.client.rules.pool_mode {
+            PoolMode::Transaction => true,
+            PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
+            PoolMode::Session => self.leaving,
+        };
+        wanted && self.session.is_idle() && !self.up.has_output() && !self.up.mid_frame() && !self.down.in_frame()
+    }
+
+    /// Client to server. `Ready(None)`: something moved.
+    fn poll_up(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Option<Outcome>> {
+        let mut moved = false;
+        loop {
+            if !self.up.has_output()
+                && let Err(outcome) = self.scan_client(lease)
+            {
+                return Poll::Ready(Some(outcome));
+            }
+            if self.up.has_output() {
+                let conn = lease.conn();
+                match self.up.poll_send(cx, &mut conn.stream, &self.worker.buffers) {
+                    Poll::Ready(Ok(())) => moved = true,
+                    // The server may have said why before it closed: that is read first.
+                    Poll::Ready(Err(_)) if !self.server_deaf => {
+                        self.server_deaf = true;
+                        return Poll::Ready(None);
+                    }
+                    _ => break,
+                }
+                self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
+                continue;
+            }
+            if self.leaving || self.is_over() && moved {
+                break;
+            }
+            match self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers) {
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ClientGone)),
+                Poll::Ready(Ok(n)) => {
+                    self.count_client_in(n);
+                    moved = true;
+                }
+                Poll::Pending => break,
+            }
+        }
+        if moved { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    /// Decides about what the client has sent.
+    fn scan_client(&mut self, lease: &mut Lease) -> Result<(), Outcome> {
+        self.up.continue_frame();
+        let (limit, max) = (self.worker.buffers.size(), self.client.rules.max_packet_size);
+        let mut scratch = BytesMut::new();
+        loop {
+            let unseen = self.up.unseen();
+            if self.leaving || unseen.is_empty() {
+                return Ok(());
+            }
+            let header = frame::header(unseen).map_err(|e| Outcome::Told(invalid_length(e)))?;
+            let Some(header) = header else { return Ok(()) };
+            if header.tag == b'X' {
+                self.leaving = true;
+                return Ok(());
+            }
+            if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
+                return Ok(());
+            }
+            if self.query_since.is_none() {
+                let now = Instant::now();
+                self.query_since = Some(now);
+                self.transaction_since.get_or_insert(now);
+            }
+            let seen = unseen.len().min(header.total);
+            let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+            let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
+            let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
+            match verdict.map_err(Outcome::Told)? {
+                Verdict::Forward => self.up.approve(header.total),
+                Verdict::Swallow => self.up.swallow(header.total),
+                Verdict::Replace => {
+                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.up.replace(seen, header.total - seen);
+                }
+                Verdict::Instead => {
+                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.up.swallow(header.total);
+                }
+            }
+            if self.session.owes_answer() {
+                self.session.flush_ours(self.down.out(&self.worker.buffers));
+            }
+        }
+    }
+
+    /// The server says that its connection is somebody else's now.
+    fn stranger(&self, error: &ServerError) -> Outcome {
+        let kind = match error {
+            ServerError::Identity { name: "is_superuser", .. } => Kind::Superuser,
+            _ => Kind::Identity,
+        };
+        self.worker.metrics.report(attempt(&self.client, kind, Action::Closed).what(error.to_string()));
+        let message = "connection closed: the session's identity changed";
+        Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, message))
+    }
+
+    /// Server to client. `Ready(None)`: something moved.
+    fn poll_down(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Option<Outcome>> {
+        let mut moved = false;
+        loop {
+            if self.down.has_output() {
+                match self.poll_send_down(cx) {
+                    Poll::Ready(Ok(())) => moved = true,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ClientGone)),
+                    Poll::Pending => break,
+                }
+            }
+            if moved && self.is_over() {
+                break;
+            }
+            match self.down.poll_fill(cx, &mut lease.conn().stream, &self.worker.buffers) {
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ServerGone)),
+                Poll::Ready(Ok(n)) => {
+                    self.worker.stats.server_in.fetch_add(n as u64, Ordering::Relaxed);
+                    moved = true;
+                    if let Err(outcome) = self.scan_server(lease) {
+                        return Poll::Ready(Some(outcome));
+                    }
+                    // The server connection is free: the client need not have read its answer for that.
+                    if self.is_over() {
+                        break;
+                    }
+                }
+                Poll::Pending => break,
+            }
+        }
+        if moved { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    /// Decides about what the server has sent.
+    fn scan_server(&mut self, lease: &mut Lease) -> Result<(), Outcome> {
+        self.down.continue_frame();
+        let mut scratch = BytesMut::new();
+        loop {
+            let unseen = self.down.unseen();
+            let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
+                return Ok(());
+            };
+            if unseen.len() < Session::needs_of_server(header, self.worker.buffers.size()) {
+                return Ok(());
+            }
+            let seen = unseen.len().min(header.total);
+            let frame = &unseen[..seen];
+            match header.tag {
+                b'S' => {
+                    let conn = lease.conn();
+                    if let Err(error) = conn.note_parameter(&frame[HEADER..]) {
+                        return Err(self.stranger(&error));
+                    }
+                    self.client.params = conn.params.clone();
+                }
+                b'E' => self.farewell |= note_error(&self.worker, &self.client, &self.observed, frame),
+                _ => {}
+            }
+            let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
+            match verdict.map_err(|desync| out_of_step(&desync))? {
+                Verdict::Forward => self.down.approve(header.total),
+                Verdict::Swallow => self.down.swallow(header.total),
+                Verdict::Replace | Verdict::Instead => {
+                    self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.down.swallow(header.total);
+                }
+            }
+            if self.session.owes_answer() {
+                self.session.flush_ours(self.down.out(&self.worker.buffers));
+            }
+            if header.tag == b'Z' {
+                self.account();
+            }
+        }
+    }
+
+    /// A ReadyForQuery has come: counts and times.
+    #[inline]
+    fn account(&mut self) {
+        let now = Instant::now();
+        let stats = &self.worker.stats;
+        let queries = self.session.take_queries();
+        if queries > 0 {
+            stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);
+            self.client.stats.count_queries(queries, self.worker.metrics.second(now.into_std()));
+        }
+        if let Some(since) = self.query_since.take() {
+            stats.query_time.observe(now.duration_since(since));
+        }
+        if self.session.status() == b'I'
+            && let Some(since) = self.transaction_since.take()
+        {
+            stats.transactions.fetch_add(1, Ordering::Relaxed);
+            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            stats.transaction_time.observe(now.duration_since(since));
+        }
+        self.ready_at = now;
+    }
+
+    #[inline]
+    pub(super) fn poll_send_down(&mut self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        let result = self.down.poll_send(cx, &mut self.client.stream, &self.worker.buffers);
+        let sent = self.down.take_sent();
+        self.worker.stats.client_out.fetch_add(sent, Ordering::Relaxed);
+        self.client.stats.client_out.fetch_add(sent, Ordering::Relaxed);
+        result
+    }
+
+    #[inline]
+    pub(super) fn count_client_in(&self, n: usize) {
+        self.worker.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
+        self.client.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn arm(&mut self, timeout: Duration) {
+        self.alarm = (!timeout.is_zero()).then(|| Box::pin(tokio::time::sleep(timeout)));
+    }
+
+    pub(super) fn alarm_rings(&mut self, cx: &mut Context<'_>) -> bool {
+        self.alarm.as_mut().is_some_and(|alarm| alarm.as_mut().poll(cx).is_ready())
+    }
+
+    /// Whether a query, or the client in its transaction, has taken longer than it may. Arms no timer unless the
+    /// configuration has such a limit.
+    fn is_too_slow(&mut self, cx: &mut Context<'_>) -> bool {
+        let rules = &self.client.rules;
+        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() {
+            return false;
+        }
+        let waiting_for = if self.session.is_idle_in_transaction() {
+            Waits::Client
+        } else if self.session.is_idle() {
+            Waits::Nobody
+        } else {
+            Waits::Server
+        };
+        if self.waits != waiting_for {
+            self.waits = waiting_for;
+            let timeout = match waiting_for {
+                Waits::Client => rules.idle_transaction_timeout,
+                Waits::Server => rules.query_timeout,
+                Waits::Nobody => Duration::ZERO,
+            };
+            self.arm(timeout);
+        }
+        self.alarm_rings(cx)
+    }
+
+    fn too_slow(&self) -> Outcome {
+        Outcome::Told(if self.session.is_idle_in_transaction() {
+            PgError::fatal(sqlstate::IDLE_IN_TRANSACTION_TIMEOUT, "idle_transaction_timeout")
+                .detail("The transaction was idle for longer than the proxy allows.")
+        } else {
+            PgError::fatal(sqlstate::QUERY_CANCELED, "query_timeout")
+                .detail("The query took longer than the proxy allows.")
+        })
+    }
+}

@@ -1,0 +1,264 @@
+use super::*;
+
+/// Takes SET ROLE for suspicious and refuses it.
+struct Guard;
+
+impl Ward for Guard {
+    fn looks(&self) -> bool {
+        true
+    }
+
+    fn lex(&self) -> Lex {
+        Lex::default()
+    }
+
+    fn may_be_tenant(&self, _: &[u8]) -> bool {
+        false
+    }
+
+    fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {
+        text.starts_with(b"SET ROLE").then(|| PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "no"))
+    }
+
+    fn function_call_refused(&self) {}
+}
+
+/// A session and the server connection that it uses, as far as there is one.
+struct Both {
+    session: Session,
+    prepared: Prepared,
+    registry: Registry,
+}
+
+fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).unwrap();
+    [&[tag][..], &length.to_be_bytes(), body].concat()
+}
+
+impl Both {
+    fn new(pool_mode: PoolMode) -> Self {
+        let session = Session::new(1, pool_mode, 2);
+        Self { session, prepared: Prepared::default(), registry: Registry::new(Arc::default()) }
+    }
+
+    /// What goes to the server for this frame of the client, and what the client is answered at once.
+    fn client(&mut self, tag: u8, body: &[u8]) -> (String, String) {
+        let frame = message(tag, body);
+        let header = frame::header(&frame).unwrap().unwrap();
+        let (mut out, mut answers) = (BytesMut::new(), BytesMut::new());
+        let mut link = Link { prepared: &mut self.prepared, registry: &self.registry, ward: &Guard };
+        let verdict = self.session.on_client(header, &frame, &mut link, &mut out).unwrap();
+        self.session.flush_ours(&mut answers);
+        let sent = match verdict {
+            Verdict::Forward => frame,
+            Verdict::Swallow => Vec::new(),
+            Verdict::Replace | Verdict::Instead => out.to_vec(),
+        };
+        (tags(&sent), tags(&answers))
+    }
+
+    /// What the client gets for this frame of the server.
+    fn server(&mut self, tag: u8, body: &[u8]) -> Result<String, Desync> {
+        let frame = message(tag, body);
+        let header = frame::header(&frame).unwrap().unwrap();
+        let mut out = BytesMut::new();
+        let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
+            Verdict::Forward => frame,
+            Verdict::Swallow => Vec::new(),
+            Verdict::Replace | Verdict::Instead => out.to_vec(),
+        };
+        let mut answers = BytesMut::new();
+        self.session.flush_ours(&mut answers);
+        got.extend_from_slice(&answers);
+        Ok(tags(&got))
+    }
+
+    fn servers(&mut self, frames: &[(u8, &[u8])]) -> String {
+        frames.iter().map(|(tag, body)| self.server(*tag, body).unwrap()).collect()
+    }
+}
+
+/// The tags of a run of messages.
+fn tags(mut bytes: &[u8]) -> String {
+    let mut tags = String::new();
+    while let Some(header) = frame::header(bytes).unwrap() {
+        tags.push(char::from(header.tag));
+        bytes = &bytes[header.total..];
+    }
+    assert!(bytes.is_empty(), "half a message");
+    tags
+}
+
+const READY: (u8, &[u8]) = (b'Z', b"I");
+const IN_TX: (u8, &[u8]) = (b'Z', b"T");
+const ERROR: (u8, &[u8]) = (b'E', b"SERROR\0C42601\0Mno\0\0");
+
+#[test]
+fn a_connection_is_free_when_all_is_answered_and_no_transaction_open() {
+    let mut both = Both::new(PoolMode::Transaction);
+    both.client(b'Q', b"BEGIN\0");
+    assert!(!both.session.is_idle());
+    both.servers(&[(b'C', b"BEGIN\0"), IN_TX]);
+    assert!(!both.session.is_idle() && both.session.is_idle_in_transaction());
+    // Two at once: the first answer is not the last.
+    both.client(b'Q', b"COMMIT\0");
+    both.client(b'Q', b"SELECT 1\0");
+    both.servers(&[(b'C', b"COMMIT\0"), READY]);
+    assert!(!both.session.is_idle());
+    both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+    assert!(both.session.is_idle());
+    assert_eq!(both.session.take_queries(), 3);
+}
+
+#[test]
+fn without_a_sync_the_connection_is_kept() {
+    let mut both = Both::new(PoolMode::Transaction);
+    both.client(b'P', b"\0SELECT 1\0\0\0");
+    both.client(b'H', b"");
+    both.servers(&[(b'1', b"")]);
+    assert!(!both.session.is_idle(), "the implicit transaction is open until Sync");
+    both.client(b'S', b"");
+    both.servers(&[READY]);
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_is_out_of_step() {
+    for frame in [READY, (b'1', b""), (b'2', b""), (b'3', b""), (b'R', b"\0\0\0\0"), (b'Z', b"?")] {
+        assert!(Both::new(PoolMode::Session).server(frame.0, frame.1).is_err(), "{}", char::from(frame.0));
+    }
+}
+
+#[test]
+fn names_are_ours_and_answers_keep_their_order() {
+    let mut both = Both::new(PoolMode::Transaction);
+    assert_eq!(both.client(b'P', b"a\0SELECT 1\0\0\0"), ("P".into(), String::new()));
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'1', b""), READY]), "1Z");
+    // The same text under another name is known; its answer waits behind the Bind before it.
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "B");
+    assert_eq!(both.client(b'P', b"b\0SELECT 1\0\0\0"), (String::new(), String::new()));
+    assert_eq!(both.client(b'C', b"Sb\0"), (String::new(), String::new()));
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'2', b""), READY]), "213Z");
+}
+
+#[test]
+fn a_statement_is_parsed_again_where_it_is_missing() {
+    let mut both = Both::new(PoolMode::Transaction);
+    both.client(b'P', b"a\0SELECT 1\0\0\0");
+    both.client(b'P', b"\0SELECT 2\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'1', b""), READY]);
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
+    assert_eq!(both.client(b'D', b"S\0").0, "PD");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), (b'1', b""), (b't', b""), (b'n', b""), READY]), "2tnZ");
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn what_was_skipped_after_an_error_did_not_happen() {
+    let mut both = Both::new(PoolMode::Transaction);
+    both.client(b'P', b"known\0SELECT 1\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    both.client(b'P', b"bad\0nonsense\0\0\0");
+    both.client(b'P', b"new\0SELECT 1\0\0\0");
+    both.client(b'C', b"Sknown\0");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert!(both.session.is_idle());
+    assert_eq!(both.session.named.keys().map(|name| &**name).collect::<Vec<_>>(), [b"known"]);
+    assert_eq!(both.prepared.len(), 1);
+    // An error before the Sync was sent: what comes up to it goes nowhere.
+    both.client(b'P', b"\0nonsense\0\0\0");
+    both.server(ERROR.0, ERROR.1).unwrap();
+    assert_eq!(both.client(b'B', b"\0\0\0\0\0\0\0\0").0, "");
+    assert_eq!(both.client(b'S', b"").0, "S");
+    assert_eq!(both.servers(&[READY]), "Z");
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn refusals_are_the_servers_errors_in_our_words() {
+    let mut both = Both::new(PoolMode::Transaction);
+    assert_eq!(both.client(b'Q', b"LISTEN a\0").0, "Q");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert_eq!(both.client(b'F', &[0, 0, 8, 30]).0, "Q");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert_eq!(both.client(b'B', b"\0nobody\0\0\0\0\0\0\0").0, "P");
+    both.client(b'E', b"\0\0\0\0\0");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert!(both.session.is_idle());
+    // So are those of the guard, which also sees what is prepared.
+    assert_eq!(both.client(b'Q', b"SET ROLE x\0").0, "Q");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    for name in [&b"\0SET ROLE x\0\0\0"[..], b"a\0SET ROLE x\0\0\0"] {
+        assert_eq!(both.client(b'P', name).0, "P");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    }
+    assert!(both.session.is_idle() && both.session.named.is_empty());
+    // In session mode LISTEN is the server's business.
+    let mut both = Both::new(PoolMode::Session);
+    both.client(b'Q', b"LISTEN a\0");
+    assert_eq!(both.servers(&[(b'C', b"LISTEN\0"), READY]), "CZ");
+}
+
+#[test]
+fn a_refused_message_that_is_longer_than_what_was_seen_goes_nowhere() {
+    let mut both = Both::new(PoolMode::Transaction);
+    let frame = message(b'B', &[&b"\0nobody\0"[..], &[b'X'; 100]].concat());
+    let header = frame::header(&frame).unwrap().unwrap();
+    let mut out = BytesMut::new();
+    let mut link = Link { prepared: &mut both.prepared, registry: &both.registry, ward: &Guard };
+    let verdict = both.session.on_client(header, &frame[..40], &mut link, &mut out).unwrap();
+    assert_eq!(verdict, Verdict::Instead, "the unseen rest must not follow as messages of its own");
+}
+
+#[test]
+fn a_sync_that_arrives_in_copy_is_not_answered() {
+    let mut both = Both::new(PoolMode::Transaction);
+    for (tag, body) in
+        [(b'P', &b"\0COPY t FROM STDIN\0\0\0"[..]), (b'B', b"\0\0\0\0\0\0\0\0"), (b'E', b"\0\0\0\0\0"), (b'S', b"")]
+    {
+        both.client(tag, body);
+    }
+    both.servers(&[(b'1', b""), (b'2', b""), (b'G', b"\0\0\0")]);
+    assert!(!both.session.is_idle());
+    both.client(b'd', b"1\n");
+    both.client(b'c', b"");
+    both.client(b'S', b"");
+    both.servers(&[(b'C', b"COPY 1\0"), READY]);
+    assert!(both.session.is_idle());
+    // CopyDone and both Syncs sent before the server said that it is in COPY.
+    for (tag, body) in [
+        (b'P', &b"\0COPY t FROM STDIN\0\0\0"[..]),
+        (b'B', b"\0\0\0\0\0\0\0\0"),
+        (b'E', b"\0\0\0\0\0"),
+        (b'S', b""),
+        (b'd', b"1\n"),
+        (b'c', b""),
+        (b'S', b""),
+    ] {
+        both.client(tag, body);
+    }
+    both.servers(&[(b'1', b""), (b'2', b""), (b'G', b"\0\0\0"), (b'C', b"COPY 1\0"), READY]);
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn too_many_statements_close_the_one_used_least() {
+    let mut both = Both::new(PoolMode::Transaction);
+    for name in [&b"a\0SELECT 1\0\0\0"[..], b"b\0SELECT 2\0\0\0"] {
+        both.client(b'P', name);
+    }
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'1', b""), READY]);
+    assert_eq!(both.client(b'P', b"c\0SELECT 3\0\0\0").0, "CP");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'3', b""), (b'1', b""), READY]), "1Z");
+}
