@@ -4,6 +4,8 @@
 #   make test         everything that CI runs
 #   make test-clients tests with real drivers (downloads them)
 #   make test-attacks attacks on the wall between tenants, all plans, modes and grades (CORPUS=dir runs others than ours)
+#   make test-pgbench pgbench as two tenants at once (DURATION=30), make test-big 1 GB and 200 MB with little memory,
+#   make test-api     the HTTP API by curl, and Prometheus
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
 #   make lint         formatting, clippy, documentation
@@ -70,8 +72,24 @@ test-files:
 
 test-clients:
 	$(DEPS) build server clients
-	$(CARGO) build --locked
+	$(CARGO) build --locked --profile $(PROFILE)
 	tests/clients/run
+
+test-pgbench:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/pgbench
+
+# Downloads psycopg, which can send a value as a parameter.
+test-big:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/big
+
+test-api:
+	$(DEPS) build server tools promtool
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/api
 
 # With optimisations: the proxy under test is to be the bottleneck nowhere.
 test-full:

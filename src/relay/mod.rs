@@ -304,7 +304,9 @@ impl Relay {
     /// See [`Session::prepare_alone`].
     fn prepare_alone(&mut self) -> bool {
         let mut answers = BytesMut::new();
-        let Some(done) = self.session.prepare_alone(self.up.unseen(), &self.pool.statements, &mut answers) else {
+        let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+        let registry = &self.pool.statements;
+        let Some(done) = self.session.prepare_alone(self.up.unseen(), registry, &ward, &mut answers) else {
             return false;
         };
         self.up.swallow(done);

@@ -220,7 +220,10 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
             return !(local || transaction);
         }
-        STATELESS.binary_search(&word).is_err()
+        let unusual = STATELESS.binary_search(&word).is_err();
+        // What is no ordinary statement is rare enough to be read.
+        self.seen.suspicious |= unusual;
+        unusual
     }
 
     fn is_call(&self) -> bool {

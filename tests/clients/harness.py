@@ -18,6 +18,8 @@ ROOT = HERE.parent.parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
 CACHE = TARGET / "clients"
 START_TIMEOUT = 180
+# So that what was started is stopped then as well.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
 STOP_TIMEOUT = 120
 
 

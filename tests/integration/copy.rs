@@ -214,10 +214,10 @@ async fn function_calls_are_for_large_objects_only() {
     }
 }
 
-/// A Sync between CopyData and CopyDone: a server in COPY ignores it, one whose COPY has failed by then answers it.
+/// A Sync between CopyData and CopyDone: a server in COPY ignores it, one whose COPY has failed by then answers it. The
+/// proxy cannot know how many answers will come, and ends the connection rather than give it to the next client.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "known to fail: the second ReadyForQuery is not expected, and meets a connection that has been given back"]
-async fn known_a_sync_in_the_middle_of_copy_data() {
+async fn a_sync_in_the_middle_of_copy_data_that_fails_ends_the_connection() {
     let world = World::transaction(|_| {}).await;
     let mut raw = world.raw("client_001").await;
     raw.compose(|b| {
@@ -230,7 +230,12 @@ async fn known_a_sync_in_the_middle_of_copy_data() {
         b.sync();
     })
     .await;
-    assert_eq!(show(&raw.until_ready().await), "1 2 G E(22P02) Z(I)");
-    assert_eq!(show(&raw.until_ready().await), "Z(I)");
-    assert_eq!(raw.value("SELECT 1").await, "1");
+    let mut messages = Vec::new();
+    while let Some(message) = raw.next().await {
+        messages.push(message);
+    }
+    let said = show(&messages);
+    assert!(said.ends_with("E(08P01)"), "{said}");
+    let mut next = world.raw("client_001").await;
+    assert_eq!(next.value("SELECT 1").await, "1");
 }
