@@ -110,7 +110,7 @@ test-matrix:
 CORPUS ?= tests/isolation/corpus
 PLANS  ?= schema rls database
 GRADES ?= compat strict
-MODES  ?= session transaction
+MODES  ?= session transaction auto
 GUARD  ?= enforce
 
 test-attacks:

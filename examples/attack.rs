@@ -52,7 +52,7 @@ struct Arguments {
     /// Plan of the tenants: schema, rls, database, cluster
     #[arg(long, default_value = "schema")]
     plan: String,
-    /// Pool mode: session, transaction
+    /// Pool mode: session, transaction, auto
     #[arg(long, default_value = "session")]
     pool_mode: String,
     /// Grade of the grants: compat, strict

@@ -1,4 +1,4 @@
-//! Our own corpus of attacks, through a `pgusher dev` in both pool modes. Larger ones: `make test-attacks CORPUS=…`.
+//! Our own corpus of attacks, through a `pgusher dev` in every pool mode. Larger ones: `make test-attacks CORPUS=…`.
 
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
@@ -50,6 +50,11 @@ async fn nothing_leaks_in_session_mode() {
 #[tokio::test]
 async fn nothing_leaks_in_transaction_mode() {
     run("schema", "transaction").await;
+}
+
+#[tokio::test]
+async fn nothing_leaks_in_auto_mode() {
+    run("schema", "auto").await;
 }
 
 /// The tests above are worth something only if a leak is seen as one.
