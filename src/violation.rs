@@ -188,9 +188,10 @@ pub fn is_denial(error: &PgError, rows: bool, is_tenant: impl Fn(&str) -> bool) 
             let relation = message
                 .strip_prefix("permission denied for ")
                 .and_then(|rest| RELATIONS.iter().find_map(|kind| rest.strip_prefix(kind)?.strip_prefix(' ')));
-            let denied = relation.is_some_and(|name| !name.starts_with("pg_"));
+            let denied = relation.is_some_and(|name| !name.starts_with("pg_") || SECRETS.contains(&name));
+            let shared = COMMON.iter().any(|text| message.contains(text));
             let policy = rows && (message.contains("row-level security") || message.starts_with("must be owner of"));
-            denied || policy || names(message).any(is_tenant)
+            denied || shared || policy || names(message).any(is_tenant)
         }
         // Schema, database or role "…" does not exist (for this tenant); references to another database.
         "3F000" | sqlstate::UNKNOWN_DATABASE | sqlstate::FEATURE_NOT_SUPPORTED => quoted(message).any(is_tenant),
@@ -199,6 +200,13 @@ pub fn is_denial(error: &PgError, rows: bool, is_tenant: impl Fn(&str) -> bool) 
 }
 
 const RELATIONS: &[&str] = &["table", "view", "sequence", "materialized view", "foreign table"];
+
+/// Catalogs with what only its owner may know. (Others that are denied are asked for by honest tools, too.)
+const SECRETS: &[&str] = &["pg_authid", "pg_shadow", "pg_statistic", "pg_user_mapping"];
+
+/// Denials of what all tenants share, or of other tenants' sessions.
+const COMMON: &[&str] =
+    &["must be owner of database", "whose query is being canceled", "whose process is being terminated"];
 
 /// Names in a message, in whatever language it is: what is quoted, and the last word.
 fn names(message: &str) -> impl Iterator<Item = &str> {
@@ -225,7 +233,10 @@ mod tests {
             ("42501", "permission denied for database client_002", true, true),
             ("42501", "permission denied for table bookings", true, true),
             ("42501", "permission denied for sequence bookings_id_seq", true, true),
-            ("42501", "permission denied for table pg_authid", false, false),
+            ("42501", "permission denied for table pg_authid", true, true),
+            ("42501", "permission denied for view pg_stat_activity", false, false),
+            ("42501", "must be owner of database tenants", true, true),
+            ("42501", "must be a member of the role whose query is being canceled", true, true),
             ("42501", "permission denied to create extension \"hstore\"", false, false),
             ("42501", "must be owner of table bookings", false, true),
             ("42501", "must be owner of extension plpgsql", false, true),

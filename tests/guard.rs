@@ -118,7 +118,8 @@ const ATTEMPTS: &[(&str, [&str; 3])] = &[
     ("DO $$ BEGIN EXECUTE 'SET RO'||'LE client_002'; END $$", ["permission_denied blocked"; 3]),
     ("SELECT 1/0", [""; 3]),
     ("SELECT * FROM nowhere", [""; 3]),
-    ("SELECT * FROM pg_authid", [""; 3]),
+    ("SELECT * FROM pg_authid", ["permission_denied blocked"; 3]),
+    ("SELECT * FROM pg_locks", [""; 3]),
     ("CREATE EXTENSION hstore", [""; 3]),
 ];
 

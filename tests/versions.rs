@@ -31,7 +31,7 @@ async fn start(cluster: &Cluster, servers: usize) -> Server {
     config.provision.master_secret = Secret::new(SECRET);
     let server = Server::start(config).await.unwrap();
     for tenant in ["client_001", "client_002"] {
-        server.control().create(&TenantId::parse(tenant).unwrap(), "test", None).await.unwrap();
+        server.control().create(&TenantId::parse(tenant).unwrap(), "test", Default::default()).await.unwrap();
     }
     server
 }

@@ -13,12 +13,14 @@ use clap::{Parser, Subcommand};
 
 use crate::audit::Key;
 use crate::config::{Config, Purpose};
+use crate::control::adopt::Adoption;
 use crate::control::provision::Choice;
 use crate::control::records::ShardRecord;
+use crate::control::shared_tables::Conversion;
 use crate::control::{ControlError, cli as control};
 use crate::dev;
 use crate::server::Server;
-use crate::tenant::Plan;
+use crate::tenant::{Plan, TenantId};
 use logging::Logging;
 use signals::{Event, Signals};
 
@@ -73,6 +75,11 @@ enum Command {
         #[command(subcommand)]
         command: AuditCommand,
     },
+    /// Make an application's tables into ones that tenants share (plan rls)
+    Rls {
+        #[command(subcommand)]
+        command: RlsCommand,
+    },
     /// Ask a running pgusher whether it is ready; exits with 1 if not
     Health {
         /// What to ask
@@ -110,6 +117,34 @@ enum TenantCommand {
         /// Its plan: rls, schema, database, cluster; the configuration decides if absent
         #[arg(long, value_parser = plan)]
         plan: Option<Plan>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a tenant of a schema or database that is there; says what contradicts the plan, and repairs it if told to
+    Adopt {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The tenant's name
+        id: String,
+        /// schema or database
+        #[arg(long, value_parser = plan)]
+        plan: Plan,
+        /// The shard that it is on
+        #[arg(long)]
+        shard: String,
+        /// The schema; the tenant's name, or public in a database, if absent
+        #[arg(long)]
+        schema: Option<String>,
+        /// The database; the shard's, or the tenant's name for plan database, if absent
+        #[arg(long)]
+        database: Option<String>,
+        /// The role; the tenant's name if absent. Its password is changed
+        #[arg(long)]
+        role: Option<String>,
+        /// Repair what is found, in one transaction
+        #[arg(long)]
+        fix: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -168,6 +203,33 @@ enum ShardCommand {
     },
     /// Add a shard, or change one; existing tenants stay where they are
     Add(#[command(flatten)] ShardAdd),
+}
+
+#[derive(Debug, Subcommand)]
+enum RlsCommand {
+    /// Print the SQL that gives the tables of schema public a tenant column, composite keys, policies and grants
+    Convert {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The shard
+        #[arg(long)]
+        shard: String,
+        /// The database; the shard's rls_database if absent
+        #[arg(long)]
+        database: Option<String>,
+        /// Tables, separated by commas; all of them if absent
+        #[arg(long, value_delimiter = ',')]
+        tables: Vec<String>,
+        /// The tenant that gets the rows that are there
+        #[arg(long, value_name = "TENANT")]
+        default_tenant: Option<String>,
+        /// Do it, in one transaction
+        #[arg(long)]
+        apply: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// `pgusher shard add`
@@ -262,6 +324,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Tenant { command } => tenant(command).await,
         Command::Shard { command } => shard(command).await,
         Command::Audit { command } => audit(command),
+        Command::Rls { command } => rls(command).await,
         Command::Health { url, timeout } => {
             println!("{}", health::probe(&url, timeout)?);
             Ok(ExitCode::SUCCESS)
@@ -349,6 +412,10 @@ async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
         TenantCommand::Create { config, id, shard, plan, json } => {
             control::tenant_create(&control_config(&config)?, &id, &Choice { shard, plan }, json).await?
         }
+        TenantCommand::Adopt { config, id, plan, shard, schema, database, role, fix, json } => {
+            let adoption = Adoption { id: TenantId::parse(&id)?, plan, shard, schema, database, role, fix };
+            control::tenant_adopt(&control_config(&config)?, &adoption, json).await?
+        }
         TenantCommand::List { config, after, limit, deleted, json } => {
             control::tenant_list(&control_config(&config)?, after.as_deref(), limit, deleted, json).await?
         }
@@ -387,6 +454,14 @@ fn confirmed(id: &str) -> Result<bool, Failure> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(answer.trim() == id)
+}
+
+async fn rls(command: RlsCommand) -> Result<ExitCode, Failure> {
+    let RlsCommand::Convert { config, shard, database, tables, default_tenant, apply, json } = command;
+    let default_tenant = default_tenant.map(|id| TenantId::parse(&id)).transpose()?;
+    let conversion = Conversion { shard, database, tables, default_tenant, apply };
+    print!("{}", control::rls_convert(&control_config(&config)?, &conversion, json).await?);
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn shard(command: ShardCommand) -> Result<ExitCode, Failure> {

@@ -8,12 +8,15 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::adopt::Adoption;
 use super::provision::Choice;
 use super::records::{ShardRecord, TenantRecord};
+use super::shared_tables::Conversion;
 use super::{Control, ControlError};
 use crate::config::Config;
 use crate::error::{PgError, sqlstate};
 use crate::tenant::TenantId;
+use crate::tenant::adopt::Weight;
 
 /// Who did it, in the event log.
 const WHO: &str = "command line";
@@ -129,6 +132,59 @@ pub async fn shard_add(config: &Config, shard: &ShardRecord, json: bool) -> Resu
     let control = Control::open(Arc::new(config.clone())).await?;
     control.add_shard(shard, WHO).await?;
     Ok(if json { as_json(shard) } else { format!("shard {} is ready\n", shard.name) })
+}
+
+/// Makes the tables of a database into ones that tenants share, or says how.
+///
+/// # Errors
+/// Every reason why it cannot be done safely.
+pub async fn rls_convert(config: &Config, conversion: &Conversion, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let sql = control.convert_tables(conversion).await?;
+    if json {
+        return Ok(as_json(&serde_json::json!({ "applied": conversion.apply, "sql": sql })));
+    }
+    Ok(script(&sql, conversion.apply))
+}
+
+/// Takes in a schema or database that is there, or says what contradicts the plan.
+///
+/// # Errors
+/// What the server or the catalog said.
+pub async fn tenant_adopt(config: &Config, adoption: &Adoption, json: bool) -> Result<String, ControlError> {
+    let control = Control::open(Arc::new(config.clone())).await?;
+    let done = control.adopt(adoption, WHO).await?;
+    if json {
+        return Ok(as_json(&done));
+    }
+    let mut text = String::new();
+    for finding in &done.findings {
+        let weight = match finding.weight {
+            Weight::Note => "note",
+            Weight::Fix if done.adopted => "repaired",
+            Weight::Fix => "wrong",
+            Weight::Blocks => "in the way",
+        };
+        let _ = writeln!(text, "-- {weight}: {}", finding.what);
+    }
+    text += &script(&done.sql, done.adopted);
+    let _ = match done.adopted {
+        true => writeln!(text, "-- tenant {} is active", adoption.id),
+        false if done.findings.iter().any(|finding| finding.weight == Weight::Blocks) => {
+            writeln!(text, "-- what is in the way must be removed by hand")
+        }
+        false => writeln!(text, "-- with --fix this is run, and the tenant registered"),
+    };
+    Ok(text)
+}
+
+/// Statements as a person reads them, and psql.
+fn script(sql: &[String], applied: bool) -> String {
+    let end = if applied { "-- done, in one transaction" } else { "-- nothing was changed" };
+    if sql.is_empty() {
+        return "-- nothing to be done\n".to_owned();
+    }
+    format!("BEGIN;\n{};\nCOMMIT;\n{end}\n", sql.join(";\n"))
 }
 
 fn tenant_id(text: &str) -> Result<TenantId, PgError> {

@@ -6,6 +6,7 @@
 //! tenant into the directory, so that an older state never wins over a newer one.
 
 pub(crate) mod admin;
+pub mod adopt;
 pub mod api;
 pub mod cli;
 mod delete;
@@ -13,6 +14,7 @@ mod journal;
 pub mod provision;
 pub mod records;
 pub mod shards;
+pub mod shared_tables;
 mod snapshots;
 mod template;
 pub mod tenants;
@@ -370,11 +372,10 @@ impl Control {
         self.catalog.sweep();
         self.pools.iter().for_each(|pool| pool.sweep());
         for shard in self.directory.shards() {
-            let plan = self.config.provision.plan;
-            if shard.dedicated_to.is_some() || plan.wants_own_shard() {
+            if shard.dedicated_to.is_some() {
                 continue;
             }
-            if let Err(error) = self.ensure_setup(&shard, plan).await {
+            if let Err(error) = self.setup_plans(&shard).await {
                 tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
             }
         }

@@ -26,7 +26,7 @@ use crate::error::{PgError, sqlstate};
 use crate::tenant::credential::{self, Verifier};
 use crate::tenant::plan::{Home, Limits, OWNER, Step, TemplateUse};
 use crate::tenant::sql::Ident;
-use crate::tenant::{Plan, Status, TenantId};
+use crate::tenant::{Plan, Status, TenantId, rls};
 
 /// How a tenant came to be wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -192,7 +192,7 @@ impl Control {
     }
 
     /// Which plan and which shard a new tenant gets.
-    fn choose(&self, id: &TenantId, wanted: &Wanted) -> Result<(Plan, Arc<Shard>), PgError> {
+    pub(super) fn choose(&self, id: &TenantId, wanted: &Wanted) -> Result<(Plan, Arc<Shard>), PgError> {
         let none = Choice::default();
         let choice = match wanted {
             Wanted::ByOperator(choice) => choice,
@@ -243,17 +243,30 @@ impl Control {
         if let Some(role) = given {
             home.role = role;
         }
+        self.put_row(catalog, plan, &shard.name, &home, managed).await?;
+        Ok(Claim::LookAgain)
+    }
+
+    /// Writes the row of a tenant that is being made, unless there is a live one.
+    pub(super) async fn put_row(
+        &self,
+        catalog: &Admin,
+        plan: Plan,
+        shard: &str,
+        home: &Home,
+        managed: bool,
+    ) -> Result<(), PgError> {
         let sql = "INSERT INTO pgusher.tenants AS t (id, plan, shard, database, schema, role, managed, status) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, 'creating') ON CONFLICT (id) DO UPDATE SET \
                    plan = EXCLUDED.plan, shard = EXCLUDED.shard, database = EXCLUDED.database, \
                    schema = EXCLUDED.schema, role = EXCLUDED.role, managed = EXCLUDED.managed, status = 'creating', \
                    epoch = t.epoch + 1, attempt = NULL WHERE t.status = 'deleted'";
-        let Home { database, schema, role, .. } = &home;
+        let Home { id, database, schema, role } = home;
         catalog
-            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard.name, database, schema, role, &managed])
+            .execute(sql, &[&id.as_str(), &plan.as_str(), &shard, database, schema, role, &managed])
             .await
             .map_err(failed("write the tenant into the catalog"))?;
-        Ok(Claim::LookAgain)
+        Ok(())
     }
 
     /// Makes the place and activates the tenant; `false` if the row turned out to be somebody else's by now.
@@ -359,7 +372,18 @@ impl Control {
         let sql = "SELECT obj_description(oid, 'pg_namespace') FROM pg_namespace WHERE nspname = 'public'";
         let comment: Option<String> = transaction.query_one(sql, &[]).await.map_err(&doing)?.get(0);
         if comment.as_deref() != Some(FILLED) {
-            run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
+            let sql =
+                "SELECT EXISTS (SELECT FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r')";
+            // Tables that are there are the operator's: they are taken as they are, if they are safe.
+            if !transaction.query_one(sql, &[]).await.map_err(&doing)?.get::<_, bool>(0) {
+                run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
+            }
+            let wanted = rls::Wanted { rows_to: None, hardening: self.config.provision.hardening };
+            let left = super::shared_tables::convert_all(&transaction, &[], wanted, true).await.map_err(|error| {
+                PgError { message: format!("database \"{database}\": {}", error.message), ..error }
+                    .hint("See `pgusher rls convert --help`, or make the template so that its tables can be shared.")
+            })?;
+            tracing::info!(shard, database, statements = left.len(), "shared the tables of the template");
             let sql = format!("COMMENT ON SCHEMA public IS '{FILLED}'");
             transaction.batch_execute(&sql).await.map_err(&doing)?;
         }
@@ -376,7 +400,7 @@ impl Control {
     }
 
     /// Verifiers for the server's role and for the tenant's own login; PBKDF2 takes its time, so not on this thread.
-    async fn verifiers(&self, id: &TenantId, role: &str) -> Result<(Verifier, Verifier), PgError> {
+    pub(super) async fn verifiers(&self, id: &TenantId, role: &str) -> Result<(Verifier, Verifier), PgError> {
         let (config, id, role) = (self.config.clone(), id.clone(), role.to_owned());
         let work = move || {
             let secret = config.provision.master_secret.expose();
@@ -401,7 +425,7 @@ impl Control {
         Ok(taken == 1)
     }
 
-    async fn activate(&self, id: &TenantId, verifier: &Verifier, who: &str) -> Result<bool, PgError> {
+    pub(super) async fn activate(&self, id: &TenantId, verifier: &Verifier, who: &str) -> Result<bool, PgError> {
         let mut catalog = self.catalog().await?;
         let doing = failed("activate the tenant in the catalog");
         let transaction = catalog.transaction().await.map_err(&doing)?;

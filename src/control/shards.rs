@@ -214,13 +214,31 @@ impl Control {
         Ok(())
     }
 
+    /// Sets the shard up for the plan of new tenants, and for those of its tenants: the grade may have changed.
+    pub(super) async fn setup_plans(&self, shard: &Shard) -> Result<(), PgError> {
+        let key = format!("plans of {}", shard.name);
+        if self.prepared.contains_key(&key) {
+            return Ok(());
+        }
+        self.ensure_setup(shard, self.config.provision.plan).await?;
+        let catalog = self.catalog().await?;
+        let sql = "SELECT DISTINCT plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted'";
+        let rows = catalog.query(sql, &[&shard.name]).await.map_err(failed("read the catalog"))?;
+        catalog.give_back().await;
+        for plan in rows.iter().filter_map(|row| Plan::parse(row.get(0))) {
+            self.ensure_setup(shard, plan).await?;
+        }
+        self.prepared.insert(key, ());
+        Ok(())
+    }
+
     /// The mark of a database that is set up now: which set-up was done, on which version of PostgreSQL (a newer one
     /// has new functions), to which grade. Without the letter-case or spaces that would make it hard to look for.
     pub(super) fn mark(&self, version: &str) -> String {
         format!("setup {SETUP_VERSION} on {version} {}", self.config.provision.hardening.as_str())
     }
 
-    async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
+    pub(super) async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
         let unreachable = |error: crate::directory::connector::ConnectError| {
             tracing::warn!(shard, at = %endpoint, %error, "cannot connect");
             PgError::fatal(sqlstate::CANNOT_CONNECT_NOW, format!("shard \"{shard}\" is not reachable"))

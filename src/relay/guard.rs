@@ -250,7 +250,8 @@ impl Reader<'_> {
     fn role(&self, s: Tokens<'_>, verb: &str) -> Option<Refusal> {
         let name = s[2..].iter().filter(|t| !["if", "exists"].iter().any(|word| t.is(word))).find_map(Token::name)?;
         let own = name == self.seat.role || ["current_user", "current_role", "session_user"].contains(&name);
-        if verb == "alter" && own {
+        let more = ["superuser", "bypassrls", "createrole", "createdb", "replication"];
+        if verb == "alter" && own && !s.iter().any(|t| more.iter().any(|word| t.is(word))) {
             return self.clauses(s);
         }
         let what = format!("{} ROLE", verb.to_ascii_uppercase());
@@ -330,7 +331,8 @@ impl Reader<'_> {
     fn grant(&self, s: Tokens<'_>) -> Option<Refusal> {
         let what = |name: &str| format!("GRANT or REVOKE that names \"{name}\"");
         if !s.iter().any(|t| t.is("on")) {
-            return self.foreign(s, what);
+            let why = "Membership in a role is a second identity.";
+            return Some(Refusal::new("GRANT or REVOKE of a role", why, ADMINISTRATOR));
         }
         let on_database = s.windows(2).any(|w| w[0].is("on") && w[1].is("database"));
         if on_database { self.foreign(s, what) } else { self.schema_named(s) }

@@ -304,7 +304,9 @@ impl Relay {
     /// See [`Session::prepare_alone`].
     fn prepare_alone(&mut self) -> bool {
         let mut answers = BytesMut::new();
-        let Some(done) = self.session.prepare_alone(self.up.unseen(), &self.pool.statements, &mut answers) else {
+        let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+        let registry = &self.pool.statements;
+        let Some(done) = self.session.prepare_alone(self.up.unseen(), registry, &ward, &mut answers) else {
             return false;
         };
         self.up.swallow(done);
@@ -933,7 +935,7 @@ impl Ward for Guard<'_> {
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {
         let (tenant, role) = (&self.client.tenant, self.client.tenant.role());
         let is_tenant = |name: &str| name != role && is_other_tenant(self.worker, self.client, name);
-        let seat = Seat { role: &role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
+        let seat = Seat { role, neighbours: Neighbours::of(tenant.plan), is_tenant: &is_tenant };
         let refusal = guard::judge(text, lex, &seat)?;
         let refused = self.client.rules.guard == GuardMode::Enforce;
         let action = if refused { Action::Refused } else { Action::Observed };

@@ -72,14 +72,18 @@ pub trait Ward {
     fn function_call_refused(&self);
 }
 
+fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
+    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
+    (scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name)), lex)
+}
+
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
     let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
     if !ward.looks() {
         return Ok(residue(scan::leaves_state(text)));
     }
-    let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
-    let seen = scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name));
+    let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
         Some(error) => Err(error),
         None => Ok(residue(seen.leaves_state)),
@@ -140,6 +144,10 @@ pub struct Session {
     /// Messages of the extended protocol since the last Sync.
     open_group: bool,
     copy_in: bool,
+    /// COPY data has been sent since the last ReadyForQuery; and a Sync behind it, which the server ignores while it is
+    /// in COPY, and answers if the COPY has failed by then. Which of the two cannot be told from outside.
+    copy_data: bool,
+    sync_in_copy: bool,
     residue: Residue,
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
@@ -174,6 +182,8 @@ impl Session {
             failed: false,
             open_group: false,
             copy_in: false,
+            copy_data: false,
+            sync_in_copy: false,
             residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
@@ -281,14 +291,19 @@ impl Session {
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
+                self.sync_in_copy |= self.copy_data;
                 if !self.copy_in {
                     self.expects.push_back(Expect::Sync);
                 }
                 Ok(Verdict::Forward)
             }
             b'H' => Ok(Verdict::Forward),
-            b'd' => Ok(Verdict::Forward),
+            b'd' => {
+                self.copy_data = true;
+                Ok(Verdict::Forward)
+            }
             b'c' | b'f' => {
+                self.copy_data = false;
                 if self.copy_in {
                     self.copy_in = false;
                 } else if !self.expects.is_empty() {
@@ -365,7 +380,8 @@ impl Session {
             }
         };
         let Statements::Shared(max) = self.statements else {
-            self.residue.unknown |= !name.is_empty();
+            // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
+            self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
             self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
@@ -401,7 +417,13 @@ impl Session {
     ///
     /// It spares a round trip, and a client that prepares while every server connection is in use by others that wait
     /// for the same thread of the application (as in pgbench) does not block it.
-    pub fn prepare_alone(&mut self, unseen: &[u8], registry: &Registry, answers: &mut BytesMut) -> Option<usize> {
+    pub fn prepare_alone(
+        &mut self,
+        unseen: &[u8],
+        registry: &Registry,
+        ward: &dyn Ward,
+        answers: &mut BytesMut,
+    ) -> Option<usize> {
         let Statements::Shared(_) = self.statements else { return None };
         let header = frame::header(unseen).ok()??;
         let sync = unseen.get(header.total..header.total + HEADER)?;
@@ -412,7 +434,13 @@ impl Session {
         if name.is_empty() || self.named.contains_key(name) {
             return None;
         }
-        self.named.insert(name.into(), registry.accepted(body)?);
+        let statement = registry.accepted(body)?;
+        // It may have been accepted when nobody looked.
+        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        if ward.looks() && see(text, ward).0.suspicious {
+            return None;
+        }
+        self.named.insert(name.into(), statement);
         answers.extend_from_slice(&[b'1', 0, 0, 0, 4]);
         message::ready_for_query(answers, b'I');
         Some(header.total + HEADER)
@@ -694,7 +722,7 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.copy_in = false;
+        (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         self.pop(|e| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_)), b'Z')
     }
 

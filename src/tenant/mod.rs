@@ -2,9 +2,11 @@
 //!
 //! Invariant: a [`TenantId`] is always valid; it has one constructor, [`TenantId::parse`].
 
+pub mod adopt;
 pub mod credential;
 pub mod identify;
 pub mod plan;
+pub mod rls;
 pub mod sql;
 
 use std::borrow::Borrow;

@@ -213,3 +213,29 @@ async fn function_calls_are_for_large_objects_only() {
         assert_eq!(raw.value("SELECT 5").await, "5");
     }
 }
+
+/// A Sync between CopyData and CopyDone: a server in COPY ignores it, one whose COPY has failed by then answers it. The
+/// proxy cannot know how many answers will come, and ends the connection rather than give it to the next client.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sync_in_the_middle_of_copy_data_that_fails_ends_the_connection() {
+    let world = World::transaction(|_| {}).await;
+    let mut raw = world.raw("client_001").await;
+    raw.compose(|b| {
+        b.parse("", "COPY things FROM stdin");
+        b.bind("", "", &[]);
+        b.execute("");
+        b.copy_data(b"bad\tx\n");
+        b.sync();
+        b.copy_done();
+        b.sync();
+    })
+    .await;
+    let mut messages = Vec::new();
+    while let Some(message) = raw.next().await {
+        messages.push(message);
+    }
+    let said = show(&messages);
+    assert!(said.ends_with("E(08P01)"), "{said}");
+    let mut next = world.raw("client_001").await;
+    assert_eq!(next.value("SELECT 1").await, "1");
+}

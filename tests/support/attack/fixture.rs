@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::{Client, NoTls};
 
 use super::Error;
-use super::target::{TENANTS, Target};
+use super::target::{TABLES, TENANTS, Target};
 
 /// The databases that the tenants live in, each with those that live there.
 pub struct Fixture {
@@ -40,9 +40,6 @@ impl Fixture {
             let (admin, connection) = tokio_postgres::connect(dsn, NoTls).await?;
             tokio::spawn(connection);
             admin.batch_execute(REMEMBER).await?;
-            if plan == "rls" {
-                admin.batch_execute(RLS_TABLES).await?;
-            }
             places.push(Place { admin, tenants });
         }
         Ok(Self { plan: plan.to_owned(), places })
@@ -117,11 +114,7 @@ impl Fixture {
                 let schema = if plan == "schema" { tenant } else { "public" };
                 format!(
                     "SET LOCAL search_path = {schema}; SET LOCAL ROLE {tenant};
-                     CREATE TABLE users(id bigserial PRIMARY KEY, email text UNIQUE, note text);
-                     CREATE TABLE services(id bigserial PRIMARY KEY, name text UNIQUE, note text);
-                     CREATE TABLE bookings(id bigserial PRIMARY KEY, user_id bigint REFERENCES users,
-                                           service_id bigint REFERENCES services, note text);
-                     {} RESET ROLE; RESET search_path;",
+                     {TABLES} {} RESET ROLE; RESET search_path;",
                     rows(1)
                 )
             }
@@ -163,13 +156,6 @@ impl Place {
         }
     }
 }
-
-/// The tables of plan `rls`, where the product has not made any. Policies and grants are the product's.
-const RLS_TABLES: &str = "
-    CREATE TABLE IF NOT EXISTS users(id bigserial PRIMARY KEY, email text UNIQUE, note text);
-    CREATE TABLE IF NOT EXISTS services(id bigserial PRIMARY KEY, name text UNIQUE, note text);
-    CREATE TABLE IF NOT EXISTS bookings(id bigserial PRIMARY KEY, user_id bigint REFERENCES users,
-                                        service_id bigint REFERENCES services, note text)";
 
 /// The tenants' roles, their settings, default privileges, schemas and memberships, as the product made them.
 const REMEMBER: &str = "

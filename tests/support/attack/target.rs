@@ -13,6 +13,13 @@ use super::Error;
 use super::client::Login;
 use super::corpus::{ATTACKER, VICTIM};
 
+/// The tables of every tenant; under plan `rls` the product makes shared ones of them.
+pub const TABLES: &str = "
+    CREATE TABLE users(id bigserial PRIMARY KEY, email text UNIQUE, note text);
+    CREATE TABLE services(id bigserial PRIMARY KEY, name text UNIQUE, note text);
+    CREATE TABLE bookings(id bigserial PRIMARY KEY, user_id bigint REFERENCES users,
+                          service_id bigint REFERENCES services, note text);";
+
 /// The tenants of every corpus.
 pub const TENANTS: [&str; 2] = ["client_001", "client_002"];
 
@@ -62,13 +69,14 @@ impl Dev {
     pub async fn start(program: &Path, rules: &Rules) -> Result<Option<Self>, Error> {
         let dir = tempfile::Builder::new().prefix("attack").tempdir()?;
         let config = dir.path().join("pgusher.toml");
-        std::fs::write(&config, configuration(rules))?;
+        let template = dir.path().join("template");
+        std::fs::create_dir(&template)?;
+        std::fs::write(template.join("tables.sql"), TABLES)?;
+        std::fs::write(&config, configuration(rules, &template))?;
         let log = dir.path().join("log");
-        // A cluster to oneself is what the plan is about.
-        let shards = if rules.plan == "cluster" { "3" } else { "1" };
         let mut command = Command::new(program);
         command
-            .args(["dev", "--json", "--port", "0", "--shards", shards, "--tenants", &TENANTS.join(",")])
+            .args(["dev", "--json", "--port", "0", "--shards", "1", "--tenants", &TENANTS.join(",")])
             .arg("--config")
             .arg(&config);
         for (key, value) in [("PROVISION_HARDENING", &rules.hardening), ("GUARD_MODE", &rules.guard)] {
@@ -115,7 +123,11 @@ impl Dev {
             let id = text(&seat, "id")?;
             let admin = shards.get(&text(&seat, "shard")?).ok_or("a tenant on an unknown shard")?;
             logins.insert(id.clone(), login(&text(&seat, "dsn")?)?);
-            admins.insert(id.clone(), admin_of(plan, admin, &id)?);
+            let admin = match seat["database"].as_str() {
+                Some(database) => in_database(admin, database)?,
+                None => admin_of(plan, admin, &id)?,
+            };
+            admins.insert(id.clone(), admin);
         }
         let metrics = self.ready["metrics"].as_str().map(metrics_address);
         Ok(Target { logins, admins, metrics })
@@ -144,12 +156,12 @@ impl Drop for Dev {
 }
 
 /// Few server connections, so that what one leaves, the next one finds.
-fn configuration(rules: &Rules) -> String {
+fn configuration(rules: &Rules, template: &Path) -> String {
     format!(
         "[proxy]\nshutdown_timeout = \"1s\"\n\
          [pool]\npool_mode = \"{}\"\ndefault_pool_size = 2\nmax_db_connections = 4\nquery_wait_timeout = \"4s\"\n\
-         [provision]\nplan = \"{}\"\n[metrics]\nstorage_interval = 0\n[log]\nlevel = \"info\"\n",
-        rules.pool_mode, rules.plan
+         [provision]\nplan = \"{}\"\ntemplate_dir = {:?}\n[metrics]\nstorage_interval = 0\n[log]\nlevel = \"info\"\n",
+        rules.pool_mode, rules.plan, template
     )
 }
 
@@ -176,18 +188,21 @@ fn login(dsn: &str) -> Result<Login, Error> {
     })
 }
 
-/// The superuser's DSN for the database in which the tenant lives.
+/// The superuser's DSN for the database in which the tenant lives, unless somebody decided otherwise.
 ///
 /// # Errors
 /// The DSN names no database.
 pub fn admin_of(plan: &str, dsn: &str, tenant: &str) -> Result<String, Error> {
     match plan {
-        "database" => {
-            let (server, _) = dsn.rsplit_once('/').ok_or("the superuser's DSN names no database")?;
-            Ok(format!("{server}/{tenant}"))
-        }
+        "database" => in_database(dsn, tenant),
+        "rls" => in_database(dsn, "shared"),
         _ => Ok(dsn.to_owned()),
     }
+}
+
+fn in_database(dsn: &str, database: &str) -> Result<String, Error> {
+    let (server, _) = dsn.rsplit_once('/').ok_or("the superuser's DSN names no database")?;
+    Ok(format!("{server}/{database}"))
 }
 
 /// `host:port` of a URL.
