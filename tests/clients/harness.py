@@ -17,6 +17,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
 CACHE = TARGET / "clients"
+MODES = ["session", "transaction", "auto"]
 START_TIMEOUT = 180
 # So that what was started is stopped then as well.
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
