@@ -71,7 +71,7 @@ fn config(shards: &[&Cluster], template: Option<&Path>) -> Config {
     }
     config.provision.master_secret = Secret::new(SECRET);
     config.provision.template_dir = template.map(Path::to_owned);
-    config.provision.provision_timeout = Duration::from_secs(30);
+    config.provision.provision_timeout = Duration::from_secs(90);
     config.metrics.storage_interval = Duration::from_millis(500);
     config
 }
@@ -96,7 +96,7 @@ async fn count(client: &tokio_postgres::Client, sql: &str) -> i64 {
 async fn until(what: &str, mut condition: impl FnMut() -> bool) -> Duration {
     let began = Instant::now();
     while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(20), "{what} did not happen");
+        assert!(began.elapsed() < Duration::from_secs(120), "{what} did not happen");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     began.elapsed()
@@ -340,7 +340,7 @@ async fn what_a_killed_proxy_left_is_completed() {
         .await
         .unwrap();
     let mut config = self::config(&[&cluster], Some(files.path()));
-    config.provision.provision_timeout = Duration::from_secs(30);
+    config.provision.provision_timeout = Duration::from_secs(90);
     let proxy = Proxy::start(config).await;
     until("completing", || proxy.directory.find("early").is_some()).await;
     let going = id("going");
