@@ -2,7 +2,7 @@
 //! line, a client that connects).
 //!
 //! [`Control`] does the work; [`api`] and [`cli`] only translate. The catalog is the truth, the
-//! [`Directory`] follows it through [`follow`](crate::directory::follow) alone: nothing here writes a
+//! [`Directory`] follows it through [`follow`] alone: nothing here writes a
 //! tenant into the directory, so that an older state never wins over a newer one.
 
 pub(crate) mod admin;
