@@ -739,6 +739,9 @@ impl Session {
 
     /// An error: the server skips to the next Sync, unless it is in a simple Query, which ends by itself.
     fn error(&mut self, frame: &[u8], prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+        // The SET may be what failed: then the setting was not made, could perhaps not be made elsewhere either, and only
+        // the server can tell which of them were.
+        self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
         if let Some(&Expect::Bind(id) | &Expect::Describe(id)) = self.expects.front()
             && id != NO_STATEMENT

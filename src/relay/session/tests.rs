@@ -262,3 +262,15 @@ fn too_many_statements_close_the_one_used_least() {
     both.client(b'S', b"");
     assert_eq!(both.servers(&[(b'3', b""), (b'1', b""), READY]), "1Z");
 }
+
+#[test]
+fn after_an_error_nobody_knows_which_settings_were_made() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"SET a = 1\0");
+    both.servers(&[(b'C', b"SET\0"), READY]);
+    let residue = both.session.take_residue();
+    assert!(!residue.unknown && residue.settings.len() == 1);
+    both.client(b'Q', b"SET temp_file_limit = 1\0");
+    both.servers(&[ERROR, READY]);
+    assert!(both.session.take_residue().unknown);
+}
