@@ -6,7 +6,7 @@ import psycopg
 from psycopg import errors
 from psycopg_pool import ConnectionPool
 
-from kit import ADMIN, CA, HOST, LOGINS, OWN, PORT, TENANT, check, equal, finish, running, wait_until
+from kit import ADMIN, APP, APP_PASSWORD, CA, HOST, LOGINS, OWN, PORT, TENANT, check, equal, finish, running, wait_until
 
 
 def parameters(login, tls):
@@ -31,7 +31,7 @@ for tls in ("defaults", "plain", "require", "verify-full"):
             equal(connection.pgconn.ssl_in_use, tls != "plain")
 
 with check("TLS server name"):
-    login = {"user": "app", "password": LOGINS["database"]["password"], "dbname": "postgres"}
+    login = {"user": APP, "password": APP_PASSWORD, "dbname": "postgres"}
     with psycopg.connect(host=f"{TENANT}.db.example.com", hostaddr=HOST, port=PORT, sslmode="verify-full",
                          sslrootcert=CA, **login) as connection:
         equal(who(connection), (TENANT, TENANT, 0))
