@@ -80,7 +80,6 @@ async fn connect(server: &Server, user: &str, password: &str) -> Result<Client, 
         .port(address.port())
         .user(user)
         .password(password)
-        .dbname("postgres")
         .connect(NoTls)
         .await?;
     tokio::spawn(connection);

@@ -1,5 +1,7 @@
 //! Prepared statements of the protocol, shared by clients over many server connections.
 
+use pgusher::config::PoolMode;
+
 use crate::raw::{Raw, show};
 use crate::world::World;
 
@@ -233,7 +235,11 @@ async fn a_changed_table_is_healed_by_preparing_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn session_mode_passes_names_on() {
-    let world = World::start(|config| config.pool.default_pool_size = 1).await;
+    let world = World::start(|config| {
+        config.pool.pool_mode = PoolMode::Session;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
     let mut client = world.raw("client_001").await;
     prepare(&mut client, "s", "SELECT $1::int * 2").await;
     assert_eq!(run(&mut client, "s", &["4"]).await, "2 D(8) C(SELECT 1) Z(I)");
