@@ -21,6 +21,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::client::auth::MockSecret;
 use crate::client::sessions::Sessions;
@@ -200,6 +201,8 @@ pub struct Server {
     addresses: Addresses,
     /// Stops accepting.
     accepting: CancellationToken,
+    /// The tasks that accept, which hold the listening sockets.
+    acceptors: TaskTracker,
     /// Stops everything.
     shutdown: CancellationToken,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -226,12 +229,13 @@ impl Server {
         };
         control.keep_journal(shared.metrics.clone());
         let accepting = shutdown.child_token();
-        let mut addresses = listen(&config, &shared, &accepting)?;
+        let acceptors = TaskTracker::new();
+        let mut addresses = listen(&config, &shared, &accepting, &acceptors)?;
         spawn_sweeper(&shared, shutdown.clone());
         addresses.api = serve_api(&config, &control, &shutdown).await?;
         addresses.metrics = serve_metrics(&config, &shared, &control, &shutdown).await?;
         let threads = Mutex::new(threads);
-        Ok(Self { shared, control, client_tls, addresses, accepting, shutdown, threads })
+        Ok(Self { shared, control, client_tls, addresses, accepting, acceptors, shutdown, threads })
     }
 
     /// Where it listens.
@@ -262,6 +266,9 @@ impl Server {
     pub async fn drain(&self, timeout: Duration) {
         self.shared.stopping.cancel();
         self.accepting.cancel();
+        // Who is told to go and comes back at once must not get in again.
+        self.acceptors.close();
+        self.acceptors.wait().await;
         self.shared.sessions.drain(&shutting_down());
         let started = tokio::time::Instant::now();
         while self.shared.metrics.clients.load(Ordering::Relaxed) > 0 {
@@ -410,14 +417,19 @@ fn cannot_listen(address: impl ToString) -> impl FnOnce(io::Error) -> ServeError
 }
 
 /// Every worker listens on every address.
-fn listen(config: &Config, shared: &Arc<Shared>, stop: &CancellationToken) -> Result<Addresses, ServeError> {
+fn listen(
+    config: &Config,
+    shared: &Arc<Shared>,
+    stop: &CancellationToken,
+    acceptors: &TaskTracker,
+) -> Result<Addresses, ServeError> {
     let mut addresses = Addresses { proxy: Vec::new(), unix: None, api: None, metrics: None };
     for mut address in tcp_addresses(&config.proxy.listen_addr, config.proxy.listen_port)? {
         for (handle, _) in &shared.workers {
             let _inside = handle.enter();
             let listener = tcp_listener(address, config.proxy.tcp_keepidle).map_err(cannot_listen(address))?;
             address = listener.local_addr().map_err(cannot_listen(address))?;
-            handle.spawn(accept_tcp(listener, shared.clone(), stop.clone()));
+            acceptors.spawn_on(accept_tcp(listener, shared.clone(), stop.clone()), handle);
         }
         addresses.proxy.push(address);
     }
@@ -426,7 +438,7 @@ fn listen(config: &Config, shared: &Arc<Shared>, stop: &CancellationToken) -> Re
         let path = dir.join(format!(".s.PGSQL.{port}"));
         let _inside = handle.enter();
         let listener = unix_listener(&path, config.proxy.unix_socket_mode).map_err(cannot_listen(path.display()))?;
-        handle.spawn(accept_unix(listener, shared.clone(), stop.clone()));
+        acceptors.spawn_on(accept_unix(listener, shared.clone(), stop.clone()), handle);
         addresses.unix = Some(path);
     }
     Ok(addresses)

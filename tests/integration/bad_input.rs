@@ -223,7 +223,7 @@ async fn assert_well(cluster: &Cluster, setup: &Setup, process: &Process) {
         let line = log.lines().find(|line| line.contains(bad));
         assert!(line.is_none(), "{bad}: {line:?}");
     }
-    // Closed in doubt: copy::a_sync_in_the_middle_of_copy_data_that_fails shows a way to get there. Rare, or something else
+    // Closed in doubt: copy::a_sync_in_the_middle_of_copy_data_that_fails… shows a way to get there. Rare, or something else
     // is wrong.
     let lost = log.lines().filter(|line| line.contains("out of step")).count();
     println!("{lost} server connections closed in doubt");

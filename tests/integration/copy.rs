@@ -214,10 +214,11 @@ async fn function_calls_are_for_large_objects_only() {
     }
 }
 
-/// A Sync between CopyData and CopyDone: a server in COPY ignores it, one whose COPY has failed by then answers it. The
-/// proxy cannot know how many answers will come, and ends the connection rather than give it to the next client.
+/// A Sync between CopyData and CopyDone: a server in COPY ignores it, one whose COPY has failed by then answers it. If the
+/// Sync was on its way when the COPY failed, the proxy cannot know how many answers will come, and ends the connection
+/// rather than give it to the next client; if it came later, both Syncs are answered.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sync_in_the_middle_of_copy_data_that_fails_ends_the_connection() {
+async fn a_sync_in_the_middle_of_copy_data_that_fails_leaves_nothing_to_the_next_client() {
     let world = World::transaction(|_| {}).await;
     let mut raw = world.raw("client_001").await;
     raw.compose(|b| {
@@ -230,12 +231,13 @@ async fn a_sync_in_the_middle_of_copy_data_that_fails_ends_the_connection() {
         b.sync();
     })
     .await;
-    let mut messages = Vec::new();
-    while let Some(message) = raw.next().await {
-        messages.push(message);
+    let mut said = Vec::new();
+    while said.iter().filter(|message: &&crate::raw::Message| message.tag == b'Z').count() < 2 {
+        let Some(message) = raw.next().await else { break };
+        said.push(message);
     }
-    let said = show(&messages);
-    assert!(said.ends_with("E(08P01)"), "{said}");
+    let said = show(&said);
+    assert!(said.ends_with("E(08P01)") || said.ends_with("E(22P02) Z(I) Z(I)"), "{said}");
     let mut next = world.raw("client_001").await;
     assert_eq!(next.value("SELECT 1").await, "1");
 }
