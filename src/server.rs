@@ -509,7 +509,7 @@ async fn accept_tcp(listener: TcpListener, shared: Arc<Shared>, stop: Cancellati
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((socket, address)) => {
-                let stream = Stream::Plain(Socket::Tcp(socket));
+                let stream = Stream::Plain(Socket::tcp(socket, address.ip()));
                 tokio::spawn(connection::accept(stream, Peer::Tcp(address), shared.clone()));
             }
             Err(error) => pause(&error).await,

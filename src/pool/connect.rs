@@ -46,6 +46,8 @@ pub struct ServerConnection {
     pub cancels: Arc<UnderWay>,
     /// Not given out again after this.
     pub expires: Instant,
+    /// When it was opened.
+    pub opened: Instant,
     /// When it became idle last.
     pub last_used: Instant,
     pub(super) slot: Slot,
@@ -226,6 +228,7 @@ impl Connector {
             prepared: Prepared::default(),
             cancels,
             expires: now + lifetime,
+            opened: now,
             last_used: now,
             slot,
             target: Arc::new(target),
@@ -253,7 +256,8 @@ impl Dialer {
         let plain = || async {
             let socket = TcpStream::connect((host, port)).await?;
             socket.set_nodelay(true)?;
-            Ok::<_, ServerError>(Stream::Plain(Socket::Tcp(socket)))
+            let peer = socket.peer_addr()?.ip();
+            Ok::<_, ServerError>(Stream::Plain(Socket::tcp(socket, peer)))
         };
         let mut stream = plain().await?;
         let tls = self.tls.current();

@@ -324,28 +324,36 @@ impl Relay {
             if let Some(lease) = self.pool.try_checkout(&self.client.settings) {
                 return Ok(Some(lease));
             }
-            let waiting = Waiting::new(&self.worker.stats);
-            let since = Instant::now();
-            let (pool, signals) = (self.pool.clone(), self.client.signals.clone());
-            let (settings, name) = (self.client.settings.clone(), self.client.application_name.clone());
-            let mut checkout = std::pin::pin!(pool.checkout(&settings, &name, self.client.rules.query_wait_timeout));
+            let counted = Waiting::new(&self.worker.stats);
+            let client = &self.client;
+            let patience = client.rules.query_wait_timeout;
+            let mut wait = self.pool.wait(&client.settings, &client.application_name, patience);
             let found = poll_fn(|cx| {
-                if let Poll::Ready(signal) = signals.poll(cx) {
+                if let Poll::Ready(signal) = client.signals.poll(cx) {
                     return Poll::Ready(Err(signal));
                 }
-                checkout.as_mut().poll(cx).map(Ok)
+                Pin::new(&mut wait).poll(cx).map(Ok)
             })
             .await;
-            drop(waiting);
-            self.worker.stats.wait_time.observe(since.elapsed());
+            let found = match found {
+                Ok((found, waited)) => {
+                    self.worker.stats.wait_time.observe(waited);
+                    Ok(found)
+                }
+                Err(signal) => Err(signal),
+            };
+            drop(wait);
+            drop(counted);
             match found {
-                Ok(Ok(lease)) => return Ok(Some(lease)),
-                Ok(Err(CheckoutError::Retired)) => {}
-                Ok(Err(CheckoutError::Failed(error))) => return self.refuse_request(error).await.map(|()| None),
+                Ok(Ok(Some(lease))) => return Ok(Some(lease)),
+                Ok(Ok(None) | Err(CheckoutError::Retired)) => {}
+                Ok(Err(CheckoutError::Failed(error))) => {
+                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
+                }
                 Err(Signal::Kill(reason) | Signal::Drain(reason)) => return Err(End::Told(reason)),
                 Err(Signal::CancelWait) => {
                     let error = PgError::error(sqlstate::QUERY_CANCELED, "canceling statement due to user request");
-                    return self.refuse_request(error).await.map(|()| None);
+                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
                 }
             }
         }
