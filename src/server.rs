@@ -228,6 +228,9 @@ impl Server {
             Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
         };
         control.keep_journal(shared.metrics.clone());
+        if let Some(questions) = shared.pools.questions() {
+            control.tell_senders(questions);
+        }
         let accepting = shutdown.child_token();
         let acceptors = TaskTracker::new();
         let mut addresses = listen(&config, &shared, &accepting, &acceptors)?;

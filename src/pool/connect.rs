@@ -13,6 +13,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
+use super::faces::{Face, Faces, Shown};
 use super::params::Params;
 use super::passwords::Passwords;
 use super::residue::Carried;
@@ -48,6 +49,9 @@ pub struct ServerConnection {
     pub expires: Instant,
     /// When it became idle last.
     pub last_used: Instant,
+    /// Notifications that came while we asked something of our own: their bodies.
+    pub heard: Vec<Vec<u8>>,
+    shown: Shown,
     pub(super) slot: Slot,
     target: Arc<Target>,
     role: Role,
@@ -227,6 +231,8 @@ impl Connector {
             cancels,
             expires: now + lifetime,
             last_used: now,
+            heard: Vec::new(),
+            shown: slot.pool().faces().show(pid, &tenant.id),
             slot,
             target: Arc::new(target),
             role,
@@ -446,6 +452,17 @@ impl ServerConnection {
         self.target.clone()
     }
 
+    /// Who its server process is, for those who listen.
+    #[inline]
+    pub fn face(&self) -> &Face {
+        self.shown.face()
+    }
+
+    /// Whose the server processes of its shard are.
+    pub fn faces(&self) -> &Arc<Faces> {
+        self.slot.pool().faces()
+    }
+
     /// Notes a ParameterStatus, given its body.
     ///
     /// # Errors
@@ -496,6 +513,7 @@ impl ServerConnection {
             match tag {
                 b'S' => self.note_parameter(&body)?,
                 b'D' => rows.push(row(&body).map_err(|_| ServerError::Protocol("malformed DataRow"))?),
+                b'A' => self.heard.push(body),
                 b'Z' if body == b"I" => ready += 1,
                 b'Z' => return Err(ServerError::Protocol("in a transaction where none was begun")),
                 _ => {}

@@ -7,6 +7,7 @@ mod exchange;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+mod notify;
 pub mod scan;
 pub mod session;
 pub mod settle;
@@ -165,11 +166,17 @@ struct Relay {
     waits: Waits,
     query_since: Option<Instant>,
     transaction_since: Option<Instant>,
+    /// Since when the client has not taken what the server has sent.
+    stalled_since: Option<Instant>,
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
+    /// What it listens to without one.
+    ears: Option<Box<notify::Ears>>,
+    /// Its ReadyForQuery is held back until what it listens to is settled.
+    held: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server takes no more.
@@ -212,9 +219,12 @@ impl Relay {
             waits: Waits::Nobody,
             query_since: None,
             transaction_since: None,
+            stalled_since: None,
             ready_at: Instant::now(),
             carried,
             pinned: None,
+            ears: None,
+            held: false,
             leaving: false,
             server_deaf: false,
             farewell: false,
@@ -265,6 +275,7 @@ impl Relay {
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Next::Leave(End::Told(error))),
             }
+            self.take_mail();
             if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
                 return Poll::Ready(Next::Leave(End::Lost));
             }

@@ -196,6 +196,11 @@ impl Plan {
         self == Self::Cluster
     }
 
+    /// Whether other tenants notify and listen in the same database.
+    pub fn shares_channels(self) -> bool {
+        matches!(self, Self::Rls | Self::Schema)
+    }
+
     /// Whether the tenant's role may be a superuser: only where there is nobody else.
     pub fn may_be_superuser(self) -> bool {
         self == Self::Cluster
