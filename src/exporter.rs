@@ -284,7 +284,8 @@ impl Exporter {
             pinned.add(&[("reason", reason)], clients as f64);
         }
         let notified = &metrics.notified;
-        let mut notifications = Family::counter("pgusher_notifications_total", "Notifications, by what became of them.");
+        let mut notifications =
+            Family::counter("pgusher_notifications_total", "Notifications, by what became of them.");
         let counts =
             [("delivered", &notified.delivered), ("foreign", &notified.foreign), ("unknown", &notified.unknown)];
         for (result, count) in counts {
@@ -296,7 +297,14 @@ impl Exporter {
         let mut logins = Family::counter("pgusher_client_logins_total", "Ends of client logins.");
         logins.add(&[("result", "failed")], metrics.client_logins_failed.load(Ordering::Relaxed) as f64);
         logins.add(&[("result", "ok")], metrics.client_logins_ok.load(Ordering::Relaxed) as f64);
-        vec![clients.0, pinned.0, notifications.0, listeners, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
+        vec![
+            clients.0,
+            pinned.0,
+            notifications.0,
+            listeners,
+            total.one(metrics.clients_total.load(Ordering::Relaxed) as f64),
+            logins.0,
+        ]
     }
 
     fn servers(&self) -> Vec<MetricFamily> {

@@ -329,6 +329,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
         relay: Arc::new(Rules {
             pool_mode: pool.pool_mode,
             query_wait_timeout: pool.query_wait_timeout,
+            pin_timeout: pool.pin_timeout,
             server_reset_timeout: pool.server_reset_timeout,
             max_prepared_statements: pool.max_prepared_statements,
             max_packet_size: proxy.max_packet_size,

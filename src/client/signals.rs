@@ -159,12 +159,8 @@ impl Signals {
             return Poll::Ready(Signal::CancelWait);
         }
         let reason = || {
-            let shutdown = || {
-                PgError::fatal(
-                    sqlstate::ADMIN_SHUTDOWN,
-                    "terminating connection due to administrator command",
-                )
-            };
+            let shutdown =
+                || PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
             self.reason.lock().clone().unwrap_or_else(shutdown)
         };
         if flags & KILL != 0 {

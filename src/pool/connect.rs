@@ -501,7 +501,8 @@ impl ServerConnection {
         self.stream.send_all(&out).await?;
         let (mut buf, mut read) = (Vec::new(), 0);
         let (mut ready, mut rows, mut failed) = (0, Vec::new(), None);
-        while ready < statements.len() {
+        // A notification may follow the last answer closely, or be half here.
+        while ready < statements.len() || buf.get(read) == Some(&b'A') {
             let (tag, body) = match next_message(&mut self.stream, &mut buf, &mut read).await {
                 // The statement failed; its ReadyForQuery comes all the same.
                 Err(ServerError::Server(error)) if error.severity == Severity::Error => {

@@ -230,8 +230,8 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn only_the_tenants_own_processes_are_heard() {
+    #[test]
+    fn only_the_tenants_own_processes_are_heard() {
         let questions = Questions::default();
         let faces = Faces::new("s", &questions, Arc::default());
         let (a, b) = (tenant("a", Plan::Schema), tenant("b", Plan::Schema));
@@ -244,19 +244,24 @@ mod tests {
         assert_eq!(faces.judge(&tenant("b", Plan::Database), 8, Duration::ZERO), Heard::Pass(8));
         // It may have been sent by a process that had the number before.
         assert_eq!(faces.judge(&a, 7, Duration::from_secs(60)), Heard::Foreign);
-        tokio::time::advance(Duration::from_secs(61)).await;
+        let known = |age: u64, gone: Option<u64>| {
+            let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+            let (since, gone) = (ago(age), Mutex::new(gone.map(ago)));
+            faces.ours.insert(7, Arc::new(Face { tenant: a.id.clone(), client: 1007.into(), since, gone }));
+        };
+        known(61, None);
         assert_eq!(faces.judge(&a, 7, Duration::from_secs(60)), Heard::Pass(1007));
         // One that has gone is trusted for a moment.
-        drop(shown);
-        tokio::time::advance(Duration::from_secs(1)).await;
+        known(61, Some(1));
+        faces.sweep();
         assert_eq!(faces.judge(&a, 7, Duration::ZERO), Heard::Pass(1007));
-        tokio::time::advance(PID_SAFE).await;
+        known(61, Some(4));
         assert_eq!(faces.judge(&a, 7, Duration::ZERO), Heard::Ask);
         faces.sweep();
         assert!(faces.ours.is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn others_are_asked_for_and_remembered_for_a_moment() {
         let questions = Questions::default();
         let mut asked = questions.open().unwrap();

@@ -126,8 +126,7 @@ impl Pool {
         if let Some(listener) = listeners.iter().find(|listener| listener.place == *place) {
             return listener.clone();
         }
-        let listener =
-            Arc::new(Listener { place: place.clone(), state: Mutex::default(), wake: Notify::new() });
+        let listener = Arc::new(Listener { place: place.clone(), state: Mutex::default(), wake: Notify::new() });
         listeners.push(listener.clone());
         self.worker.spawn(listener.clone().run(self.clone()));
         listener
@@ -247,8 +246,9 @@ impl Listener {
         state.ended = true;
         state.fail_errands();
         for client in state.clients.values() {
-            let error = PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection: the tenant's home has changed")
-                .detail("The connection was listening for notifications.");
+            let error =
+                PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection: the tenant's home has changed")
+                    .detail("The connection was listening for notifications.");
             client.signals.drain(error.hint("Connect again."));
         }
         drop(state);

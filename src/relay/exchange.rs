@@ -13,6 +13,7 @@ use crate::pool::connect::ServerConnection;
 
 use super::watch::{Guard, attempt, note_error};
 use super::*;
+use crate::metrics::PIN_REASONS;
 
 impl Relay {
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
@@ -217,7 +218,11 @@ impl Relay {
             PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
             PoolMode::Session => self.leaving,
         };
-        (wanted || self.held) && self.session.is_idle() && !self.up.has_output() && !self.up.mid_frame() && !self.down.in_frame()
+        (wanted || self.held)
+            && self.session.is_idle()
+            && !self.up.has_output()
+            && !self.up.mid_frame()
+            && !self.down.in_frame()
     }
 
     /// Client to server. `Ready(None)`: something moved.
@@ -467,13 +472,13 @@ impl Relay {
     /// configuration has such a limit.
     fn is_too_slow(&mut self, cx: &mut Context<'_>) -> bool {
         let rules = &self.client.rules;
-        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() {
+        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() && rules.pin_timeout.is_zero() {
             return false;
         }
         let waiting_for = if self.session.is_idle_in_transaction() {
             Waits::Client
         } else if self.session.is_idle() {
-            Waits::Nobody
+            if self.pinned.is_some() { Waits::Pinned } else { Waits::Nobody }
         } else {
             Waits::Server
         };
@@ -482,6 +487,7 @@ impl Relay {
             let timeout = match waiting_for {
                 Waits::Client => rules.idle_transaction_timeout,
                 Waits::Server => rules.query_timeout,
+                Waits::Pinned => rules.pin_timeout,
                 Waits::Nobody => Duration::ZERO,
             };
             self.arm(timeout);
@@ -490,7 +496,14 @@ impl Relay {
     }
 
     fn too_slow(&self) -> Outcome {
-        Outcome::Told(if self.session.is_idle_in_transaction() {
+        Outcome::Told(if let (Waits::Pinned, Some(reason)) = (self.waits, self.pinned) {
+            PgError::fatal(sqlstate::IDLE_SESSION_TIMEOUT, "pin_timeout")
+                .detail(format!(
+                    "The client kept a server connection ({}) and was idle for longer than the proxy allows.",
+                    PIN_REASONS[reason]
+                ))
+                .hint("End what keeps it: drop temporary tables, close cursors, release advisory locks, DEALLOCATE, or DISCARD ALL.")
+        } else if self.session.is_idle_in_transaction() {
             PgError::fatal(sqlstate::IDLE_IN_TRANSACTION_TIMEOUT, "idle_transaction_timeout")
                 .detail("The transaction was idle for longer than the proxy allows.")
         } else {

@@ -78,6 +78,8 @@ pub struct Rules {
     pub client_idle_timeout: Duration,
     /// Longest silence of a client inside a transaction; zero is for ever.
     pub idle_transaction_timeout: Duration,
+    /// Longest silence of a client that keeps its server connection, outside a transaction; zero is for ever.
+    pub pin_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
     /// What becomes of statements that reach for another tenant.
@@ -456,6 +458,8 @@ impl Drop for Relay {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     Nobody,
+    /// For a client that keeps the server connection.
+    Pinned,
     Client,
     Server,
 }

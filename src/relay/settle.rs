@@ -64,8 +64,7 @@ pub async fn settle(
     let channels = row.get(LISTEN).and_then(Option::as_deref).unwrap_or("[]");
     let listens: Channels = serde_json::from_str(channels).map_err(malformed)?;
     let listed = row.get(UNKNOWN).and_then(Option::as_deref).unwrap_or("{}");
-    let listed: std::collections::BTreeMap<String, String> =
-        serde_json::from_str(listed).map_err(malformed)?;
+    let listed: std::collections::BTreeMap<String, String> = serde_json::from_str(listed).map_err(malformed)?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
     let own = |name: &&str| name.contains('.');
     let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();

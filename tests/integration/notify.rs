@@ -276,10 +276,7 @@ async fn a_lost_listener_comes_back_with_its_channels() {
         assert_eq!(world.admin_value(&killed).await, 1);
         world.admin_until(&format!("SELECT count(*) FROM pg_stat_activity WHERE {listener}"), 1).await;
         world
-            .admin_until(
-                &format!("SELECT count(*) FROM pg_stat_activity WHERE {listener} AND query LIKE 'LISTEN%'"),
-                1,
-            )
+            .admin_until(&format!("SELECT count(*) FROM pg_stat_activity WHERE {listener} AND query LIKE 'LISTEN%'"), 1)
             .await;
         ok(&mut sender, &format!("NOTIFY jobs, 'round {round}'")).await;
         assert_eq!(next(&mut client).await, (sender.pid, format!("jobs round {round}")));
@@ -303,8 +300,11 @@ async fn without_room_for_a_listener_the_client_keeps_its_connection() {
 async fn a_listen_inside_a_function_keeps_the_connection() {
     let world = auto(|_| {}).await;
     let (mut client, mut sender) = (world.raw("client_001").await, world.raw("client_001").await);
-    ok(&mut client, "CREATE FUNCTION hear() RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'LIS' || 'TEN jobs'; END $$")
-        .await;
+    ok(
+        &mut client,
+        "CREATE FUNCTION hear() RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'LIS' || 'TEN jobs'; END $$",
+    )
+    .await;
     ok(&mut client, "SELECT hear()").await;
     world.metric_until("pgusher_pinned_clients{reason=\"listen\"}", 1.0).await;
     for n in 0..5 {
