@@ -9,7 +9,9 @@
 
 pub mod cancel;
 pub mod connect;
+pub mod faces;
 pub mod lease;
+pub mod listener;
 pub mod params;
 pub mod passwords;
 mod queue;
@@ -28,6 +30,7 @@ use std::time::Duration;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::directory::Tenant;
@@ -35,7 +38,9 @@ use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
+use faces::{Faces, Question, Questions};
 pub use lease::Lease;
+use listener::Listeners;
 use params::Params;
 use queue::{Place, Queue};
 use residue::Carried;
@@ -65,6 +70,7 @@ pub struct Pools {
     limits: arc_swap::ArcSwap<Limits>,
     metrics: Arc<Metrics>,
     statement_ids: Arc<AtomicU64>,
+    questions: Questions,
 }
 
 /// The server connections of one tenant at one home.
@@ -78,6 +84,8 @@ pub struct Pool {
     /// Prepared statements of the tenant's clients, shared.
     pub statements: Registry,
     state: Mutex<State>,
+    /// Who listens for the tenant's clients, by database and encoding.
+    listeners: Listeners,
 }
 
 #[derive(Default)]
@@ -151,6 +159,7 @@ impl Pools {
             limits,
             metrics,
             statement_ids: Arc::default(),
+            questions: Questions::default(),
         }
     }
 
@@ -172,6 +181,7 @@ impl Pools {
             worker: Handle::current(),
             statements: Registry::new(self.statement_ids.clone()),
             state: Mutex::default(),
+            listeners: Listeners::default(),
         });
         let mut entry = self.pools.entry(tenant.id.clone()).or_insert_with(|| pool.clone());
         if !Arc::ptr_eq(&entry, &pool) {
@@ -191,7 +201,10 @@ impl Pools {
             budget.set_limit(limit);
             return budget.clone();
         }
-        let new = || Arc::new(Budget::new(limit, self.metrics.shard(shard)));
+        let new = || {
+            let faces = Arc::new(Faces::new(shard, &self.questions, self.metrics.notified.clone()));
+            Arc::new(Budget::new(limit, self.metrics.shard(shard), faces))
+        };
         self.budgets.entry(shard.to_owned()).or_insert_with(new).clone()
     }
 
@@ -210,6 +223,11 @@ impl Pools {
     /// Open and idle connections of a tenant.
     pub fn tenant_connections(&self, id: &str) -> (usize, usize) {
         self.pools.get(id).map_or((0, 0), |pool| pool.connections())
+    }
+
+    /// Questions about server processes that are not ours, for whoever can answer them; once.
+    pub fn questions(&self) -> Option<mpsc::Receiver<Question>> {
+        self.questions.open()
     }
 
     /// How a shard's budget is used.
@@ -232,6 +250,9 @@ impl Pools {
     /// Closes what has been idle or alive for too long and forgets empty pools. Called about once a second; looks at
     /// pools that exist, which are bounded by connections, not by tenants.
     pub fn sweep(&self, now: Instant) {
+        for budget in &self.budgets {
+            budget.faces.sweep();
+        }
         let limits = self.limits.load();
         for pool in self.live() {
             pool.close_expired(now, limits.server_idle_timeout);
@@ -260,6 +281,11 @@ impl Pool {
     /// Whether the pool has ended, and the tenant must be looked up again.
     pub fn is_retired(&self) -> bool {
         self.state.lock().retired
+    }
+
+    /// Whose the server processes of its shard are.
+    pub fn faces(&self) -> &Arc<Faces> {
+        &self.budget.faces
     }
 
     /// Open and idle connections.
@@ -527,6 +553,7 @@ impl Pool {
             (std::mem::take(&mut state.idle), wake)
         };
         drop(idle);
+        self.listeners.retire();
         for waker in wake {
             waker.wake();
         }

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::Pool;
 use super::connect::ServerConnection;
+use super::faces::Faces;
 use crate::metrics::ShardStats;
 
 /// The budget of one shard.
@@ -30,6 +31,8 @@ pub struct Budget {
     state: Mutex<State>,
     /// Counters of the shard.
     pub stats: Arc<ShardStats>,
+    /// Whose its server processes are.
+    pub faces: Arc<Faces>,
 }
 
 #[derive(Default)]
@@ -63,8 +66,8 @@ pub(super) type Ticket = Weak<()>;
 
 impl Budget {
     /// A budget of `limit` connections.
-    pub fn new(limit: usize, stats: Arc<ShardStats>) -> Self {
-        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats }
+    pub fn new(limit: usize, stats: Arc<ShardStats>, faces: Arc<Faces>) -> Self {
+        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats, faces }
     }
 
     /// Connections open or being opened.

@@ -7,6 +7,7 @@ mod exchange;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+mod notify;
 pub mod scan;
 pub mod session;
 pub mod settle;
@@ -77,6 +78,8 @@ pub struct Rules {
     pub client_idle_timeout: Duration,
     /// Longest silence of a client inside a transaction; zero is for ever.
     pub idle_transaction_timeout: Duration,
+    /// Longest silence of a client that keeps its server connection, outside a transaction; zero is for ever.
+    pub pin_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
     /// What becomes of statements that reach for another tenant.
@@ -165,11 +168,17 @@ struct Relay {
     waits: Waits,
     query_since: Option<Instant>,
     transaction_since: Option<Instant>,
+    /// Since when the client has not taken what the server has sent.
+    stalled_since: Option<Instant>,
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
+    /// What it listens to without one.
+    ears: Option<Box<notify::Ears>>,
+    /// Its ReadyForQuery is held back until what it listens to is settled.
+    held: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server takes no more.
@@ -212,9 +221,12 @@ impl Relay {
             waits: Waits::Nobody,
             query_since: None,
             transaction_since: None,
+            stalled_since: None,
             ready_at: Instant::now(),
             carried,
             pinned: None,
+            ears: None,
+            held: false,
             leaving: false,
             server_deaf: false,
             farewell: false,
@@ -265,6 +277,7 @@ impl Relay {
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Next::Leave(End::Told(error))),
             }
+            self.take_mail();
             if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
                 return Poll::Ready(Next::Leave(End::Lost));
             }
@@ -453,6 +466,8 @@ impl Drop for Relay {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     Nobody,
+    /// For a client that keeps the server connection.
+    Pinned,
     Client,
     Server,
 }
