@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::cancel::{Target, UnderWay};
 use super::params::Params;
 use super::passwords::Passwords;
+use super::recent::Recent;
 use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
@@ -42,6 +43,8 @@ pub struct ServerConnection {
     pub applied: Arc<Carried>,
     /// Prepared statements it has.
     pub prepared: Prepared,
+    /// What was said on it since it last owed nothing.
+    pub recent: Recent,
     /// Cancels under way for it.
     pub cancels: Arc<UnderWay>,
     /// Not given out again after this.
@@ -224,6 +227,7 @@ impl Connector {
             params: slot.pool().intern(Arc::new(params)),
             applied: slot.pool().intern_carried(Arc::default()),
             prepared: Prepared::default(),
+            recent: Recent::default(),
             cancels,
             expires: now + lifetime,
             last_used: now,

@@ -12,6 +12,7 @@ pub mod connect;
 pub mod lease;
 pub mod params;
 pub mod passwords;
+pub mod recent;
 pub mod residue;
 pub mod scram;
 pub mod shard;
