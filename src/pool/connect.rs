@@ -16,6 +16,7 @@ use super::cancel::{Target, UnderWay};
 use super::faces::{Face, Faces, Shown};
 use super::params::Params;
 use super::passwords::Passwords;
+use super::recent::Recent;
 use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
@@ -43,6 +44,8 @@ pub struct ServerConnection {
     pub applied: Arc<Carried>,
     /// Prepared statements it has.
     pub prepared: Prepared,
+    /// What was said on it since it last owed nothing.
+    pub recent: Recent,
     /// Cancels under way for it.
     pub cancels: Arc<UnderWay>,
     /// Not given out again after this.
@@ -230,6 +233,7 @@ impl Connector {
             params: slot.pool().intern(Arc::new(params)),
             applied: slot.pool().intern_carried(Arc::default()),
             prepared: Prepared::default(),
+            recent: Recent::default(),
             cancels,
             expires: now + lifetime,
             opened: now,

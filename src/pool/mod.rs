@@ -15,6 +15,7 @@ pub mod listener;
 pub mod params;
 pub mod passwords;
 mod queue;
+pub mod recent;
 pub mod residue;
 pub mod scram;
 pub mod shard;

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
 
-use super::watch::{Guard, attempt, note_error};
+use super::watch::{Guard, Refused, attempt};
 use super::*;
 use crate::metrics::PIN_REASONS;
 
@@ -291,7 +291,14 @@ impl Relay {
                 self.transaction_since.get_or_insert(now);
             }
             let seen = unseen.len().min(header.total);
-            let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+            if matches!(header.tag, b'Q' | b'P' | b'B' | b'F') && !self.session.is_skipping() {
+                let recent = &mut lease.conn().recent;
+                if self.session.owes_nothing() {
+                    recent.clear();
+                }
+                recent.note(&unseen[..seen]);
+            }
+            let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
             let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
             match verdict.map_err(Outcome::Told)? {
@@ -396,7 +403,11 @@ impl Relay {
                     self.down.swallow(header.total);
                     continue;
                 }
-                b'E' => self.farewell |= note_error(&self.worker, &self.client, &self.observed, frame),
+                b'E' => {
+                    let guard = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
+                    let refused = Refused { guard, session: &self.session, recent: &lease.conn().recent };
+                    self.farewell |= refused.note(frame);
+                }
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
@@ -426,6 +437,7 @@ impl Relay {
     #[inline]
     fn account(&mut self) {
         let now = Instant::now();
+        self.memory.answered();
         let stats = &self.worker.stats;
         let queries = self.session.take_queries();
         if queries > 0 {

@@ -7,6 +7,7 @@ mod exchange;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+pub mod mention;
 mod notify;
 pub mod scan;
 pub mod session;
@@ -14,7 +15,6 @@ pub mod settle;
 pub mod track;
 mod watch;
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ use flow::Flow;
 use guard::{Neighbours, Seat};
 use lex::Lex;
 use session::{Link, Session, Verdict, Ward};
-use watch::Guard;
+use watch::{Guard, Memory};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -185,8 +185,8 @@ struct Relay {
     server_deaf: bool,
     /// The server has said why it closes.
     farewell: bool,
-    /// The guard has counted the last text and let it through: what the server says to it is not counted again.
-    observed: Cell<bool>,
+    /// What the guard has seen, until the server has answered.
+    memory: Memory,
 }
 
 /// What a client does next.
@@ -230,7 +230,7 @@ impl Relay {
             leaving: false,
             server_deaf: false,
             farewell: false,
-            observed: Cell::new(false),
+            memory: Memory::default(),
         }
     }
 
@@ -320,7 +320,7 @@ impl Relay {
     /// See [`Session::prepare_alone`].
     fn prepare_alone(&mut self) -> bool {
         let mut answers = BytesMut::new();
-        let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+        let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
         let registry = &self.pool.statements;
         let Some(done) = self.session.prepare_alone(self.up.unseen(), registry, &ward, &mut answers) else {
             return false;

@@ -68,6 +68,8 @@ pub trait Ward {
     fn may_be_tenant(&self, name: &[u8]) -> bool;
     /// Judges a suspicious text: what the client is told if it is refused.
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
+    /// A text goes through that may change what later ones mean, or is run later.
+    fn remember(&self, text: &[u8], lex: Lex);
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
 }
@@ -85,7 +87,11 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue
     };
     if !ward.looks() {
-        return Ok(residue(scan::leaves_state(text)));
+        let seen = scan::look(text, Lex::default(), |_| false);
+        if seen.suspicious {
+            ward.remember(text, ward.lex());
+        }
+        return Ok(residue(seen.leaves_state));
     }
     let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
@@ -220,6 +226,39 @@ impl Session {
     pub fn waits_for_client(&self) -> bool {
         let mid_work = self.status != b'I' || self.open_group || self.failed;
         self.copy_in || (mid_work && !self.owes_ready())
+    }
+
+    /// Whether the server owes no answer.
+    #[inline]
+    pub fn owes_nothing(&self) -> bool {
+        self.expects.is_empty()
+    }
+
+    /// Whether messages are skipped until the next Sync.
+    #[inline]
+    pub fn is_skipping(&self) -> bool {
+        self.failed
+    }
+
+    /// Which of the messages with a statement or its values the server is working on, counted from the last one, which
+    /// is 1.
+    pub fn statements_owed(&self) -> usize {
+        let says = |e: &Expect| {
+            use Expect::*;
+            matches!(e, Query | Function | RefusedQuery(_) | Parse(_) | OurParse(_) | RefusedParse(_) | Bind(_))
+        };
+        let owed = self.expects.iter().filter(|e| says(e)).count();
+        // Execute, Describe and Sync belong to what came before them.
+        owed + usize::from(!self.expects.front().is_some_and(says))
+    }
+
+    /// The text of a prepared statement, if it is known.
+    pub fn text_of(&self, name: &[u8]) -> Option<&[u8]> {
+        let body = match name {
+            b"" => self.unnamed.as_deref()?,
+            name => &self.named.get(name)?.body,
+        };
+        body.split(|&b| b == 0).next()
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -404,6 +443,10 @@ impl Session {
         let Statements::Shared(max) = self.statements else {
             // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
             self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
+            if !name.is_empty() {
+                // Its text is not kept, and it may be run later.
+                link.ward.remember(text, link.ward.lex());
+            }
             self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
