@@ -208,19 +208,30 @@ class Rig:
                     "synchronous_commit": "off", "full_page_writes": "off", "max_wal_size": "4GB",
                     "autovacuum": "off", "jit": "off", "max_locks_per_transaction": 1024}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        self.postgres, log = self.start("postgres", [pg_bin() / "postgres", "-D", data, *arguments])
+        self.postgres_command = [pg_bin() / "postgres", "-D", data, *arguments]
+        self.await_postgres()
+        roles = [f"CREATE ROLE {name} LOGIN PASSWORD '{secret}'" for name, secret in self.verifiers.items()]
+        self.sql(*roles, f"GRANT {USER} TO {SCRAM_USER}", f"CREATE DATABASE {USER} OWNER {USER}")
+
+    def restart_postgres(self):
+        """Ends every session, as `pg_ctl restart -m fast` does."""
+        stop(self.postgres, 60)
+        self.running.remove(self.postgres)
+        self.await_postgres()
+
+    def await_postgres(self):
+        """Starts it and waits until it takes statements."""
+        self.postgres, log = self.start("postgres", self.postgres_command)
         wait_for_port(self.port, self.postgres, log)
         deadline = time.monotonic() + 60
         while True:
             try:
                 self.sql("SELECT 1")
-                break
+                return
             except subprocess.CalledProcessError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
-        roles = [f"CREATE ROLE {name} LOGIN PASSWORD '{secret}'" for name, secret in self.verifiers.items()]
-        self.sql(*roles, f"GRANT {USER} TO {SCRAM_USER}", f"CREATE DATABASE {USER} OWNER {USER}")
 
     def sql(self, *statements, database="postgres"):
         """Runs statements as superuser, past every proxy; what they print."""
