@@ -17,7 +17,8 @@ const CANCEL_WAIT: u8 = 4;
 pub struct Signals {
     flags: AtomicU8,
     waker: AtomicWaker,
-    reason: Mutex<Option<PgError>>,
+    /// Boxed: every client has a letter box, hardly any a letter.
+    reason: Mutex<Option<Box<PgError>>>,
 }
 
 /// What was found in it.
@@ -49,7 +50,7 @@ impl Signals {
 
     fn post(&self, flag: u8, reason: Option<PgError>) {
         if let Some(reason) = reason {
-            self.reason.lock().get_or_insert(reason);
+            self.reason.lock().get_or_insert_with(|| Box::new(reason));
         }
         self.flags.fetch_or(flag, Ordering::AcqRel);
         self.waker.wake();
@@ -75,7 +76,7 @@ impl Signals {
                     "terminating connection due to administrator command",
                 )
             };
-            self.reason.lock().clone().unwrap_or_else(shutdown)
+            self.reason.lock().as_deref().cloned().unwrap_or_else(shutdown)
         };
         if flags & KILL != 0 {
             return Poll::Ready(Signal::Kill(reason()));
