@@ -24,7 +24,8 @@ const MAX_MAIL: usize = 1 << 20;
 pub struct Signals {
     flags: AtomicU8,
     waker: AtomicWaker,
-    reason: Mutex<Option<PgError>>,
+    /// Boxed: every client has a letter box, hardly any a letter.
+    reason: Mutex<Option<Box<PgError>>>,
     /// Notifications; most clients never get any.
     mail: Mutex<Option<Box<Mail>>>,
 }
@@ -84,7 +85,7 @@ impl Signals {
         if mail.bytes > MAX_MAIL {
             // PostgreSQL would keep them for everybody until its queue is full. What comes now finds no room either.
             mail.letters.clear();
-            self.reason.lock().get_or_insert_with(too_much_mail);
+            self.reason.lock().get_or_insert_with(|| Box::new(too_much_mail()));
             self.flags.fetch_or(KILL, Ordering::AcqRel);
         } else {
             mail.letters.push_back(Letter { pid, text });
@@ -126,7 +127,8 @@ impl Signals {
         let mut slot = self.mail.lock();
         let Some(mail) = slot.as_mut() else { return 0 };
         let mut taken = 0;
-        while let Some(letter) = mail.letters.pop_front_if(|letter| letter.pid.is_some()) {
+        while mail.letters.front().is_some_and(|letter| letter.pid.is_some()) {
+            let Some(letter) = mail.letters.pop_front() else { break };
             mail.first += 1;
             mail.bytes -= letter.text.len();
             if let (Some(pid), false) = (letter.pid, letter.text.is_empty()) {
@@ -139,7 +141,7 @@ impl Signals {
 
     fn post(&self, flag: u8, reason: Option<PgError>) {
         if let Some(reason) = reason {
-            self.reason.lock().get_or_insert(reason);
+            self.reason.lock().get_or_insert_with(|| Box::new(reason));
         }
         self.flags.fetch_or(flag, Ordering::AcqRel);
         self.waker.wake();
@@ -161,7 +163,7 @@ impl Signals {
         let reason = || {
             let shutdown =
                 || PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
-            self.reason.lock().clone().unwrap_or_else(shutdown)
+            self.reason.lock().as_deref().cloned().unwrap_or_else(shutdown)
         };
         if flags & KILL != 0 {
             return Poll::Ready(Signal::Kill(reason()));

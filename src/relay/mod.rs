@@ -99,8 +99,6 @@ pub struct Client {
     pub id: u64,
     /// Its socket.
     pub stream: Stream,
-    /// What it may have sent already.
-    pub early: Vec<u8>,
     /// Whom it belongs to.
     pub tenant: Arc<Tenant>,
     /// The directory's version that `tenant` was read at.
@@ -138,10 +136,16 @@ pub enum End {
     Server,
 }
 
-/// Serves the client until it leaves. Dropping the future closes both connections.
-pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+/// Serves the client until it leaves, and says how that came; `early` is what it has sent already. Dropping the future
+/// closes both connections.
+pub fn run<F: FnOnce(End) + Send>(
+    client: Client,
+    early: &[u8],
+    worker: Arc<Worker>,
+    at_end: F,
+) -> impl Future<Output = ()> + Send + use<F> {
     // An idle client costs little more than this future: what is rare is boxed where it happens.
-    let mut relay = Relay::new(client, worker);
+    let mut relay = Relay::new(client, early, worker);
     async move {
         let end = relay.serve().await;
         match &end {
@@ -150,7 +154,8 @@ pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + S
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
-        end
+        drop(relay);
+        at_end(end);
     }
 }
 
@@ -205,11 +210,11 @@ enum Outcome {
 }
 
 impl Relay {
-    fn new(mut client: Client, worker: Arc<Worker>) -> Self {
+    fn new(client: Client, early: &[u8], worker: Arc<Worker>) -> Self {
         let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
-        let up = Flow::preload(&std::mem::take(&mut client.early));
+        let up = Flow::preload(early);
         Self {
             client,
             worker,
