@@ -315,9 +315,7 @@ impl Relay {
                     self.up.swallow(header.total);
                 }
             }
-            if self.session.owes_answer() {
-                self.session.flush_ours(self.down.out(&self.worker.buffers));
-            }
+            self.give_our_answers();
         }
     }
 
@@ -376,6 +374,7 @@ impl Relay {
         self.down.continue_frame();
         let mut scratch = BytesMut::new();
         loop {
+            self.give_our_answers();
             let unseen = self.down.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
                 return Ok(());
@@ -424,12 +423,17 @@ impl Relay {
                     self.down.swallow(header.total);
                 }
             }
-            if self.session.owes_answer() {
-                self.session.flush_ours(self.down.out(&self.worker.buffers));
-            }
             if header.tag == b'Z' {
                 self.account();
             }
+        }
+    }
+
+    /// Answers of ours whose turn it is. A message of the server's that is half way through comes first, whole.
+    #[inline]
+    fn give_our_answers(&mut self) {
+        if self.session.owes_answer() && !self.down.mid_frame() {
+            self.session.flush_ours(self.down.out(&self.worker.buffers));
         }
     }
 

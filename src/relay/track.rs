@@ -5,6 +5,7 @@
 //! server afterwards, which knows about rollbacks, savepoints and every spelling. Whatever else the text does is
 //! [`Residue::unknown`], and then the server is asked what it holds for the session.
 
+use super::lex;
 use crate::pool::residue::Residue;
 
 /// What running this text may leave behind.
@@ -42,9 +43,9 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     while let Some(&byte) = sql.get(at) {
         let rest = &sql[at..];
         match byte {
-            b if b.is_ascii_whitespace() => at += 1,
-            b'-' if rest.starts_with(b"--") => at += rest.iter().position(|&b| b == b'\n').unwrap_or(rest.len()),
-            b'/' if rest.starts_with(b"/*") => at += comment(rest)?,
+            b if lex::is_space(b) => at += 1,
+            b'-' if rest.starts_with(b"--") => at = lex::skip_space(sql, at),
+            b'/' if rest.starts_with(b"/*") => at = comment_end(sql, at)?,
             b'\'' | b'"' => {
                 let end = rest[1..].iter().position(|&b| b == byte)? + 1;
                 let body = std::str::from_utf8(&rest[1..end]).ok()?;
@@ -84,16 +85,10 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     Some(tokens)
 }
 
-fn comment(rest: &[u8]) -> Option<usize> {
-    let (mut at, mut depth) = (2, 1);
-    while depth > 0 {
-        match (rest.get(at)?, rest.get(at + 1)) {
-            (b'*', Some(b'/')) => (depth, at) = (depth - 1, at + 2),
-            (b'/', Some(b'*')) => (depth, at) = (depth + 1, at + 2),
-            _ => at += 1,
-        }
-    }
-    Some(at)
+/// Where the comment ends; `None` if it does not.
+fn comment_end(sql: &[u8], at: usize) -> Option<usize> {
+    let end = lex::comment_end(sql, at);
+    sql[..end].ends_with(b"*/").then_some(end)
 }
 
 fn statement_residue(tokens: &[Token<'_>]) -> Residue {
