@@ -147,6 +147,12 @@ impl Signals {
         self.waker.wake();
     }
 
+    /// Whether there is anything to be looked at. One load; the task is not woken.
+    #[inline]
+    pub fn is_raised(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) != 0
+    }
+
     /// Looks for a signal; the task is woken when one comes. A cancelled wait is reported once, the others stay.
     #[inline]
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<Signal> {

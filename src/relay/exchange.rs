@@ -176,15 +176,18 @@ impl Relay {
     }
 
     fn poll_exchange(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Outcome> {
+        let mut registered = false;
         loop {
-            match self.client.signals.poll(cx) {
-                Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
-                Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
-                    return Poll::Ready(Outcome::Told(reason));
+            if !std::mem::replace(&mut registered, true) || self.client.signals.is_raised() {
+                match self.client.signals.poll(cx) {
+                    Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
+                    Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
+                        return Poll::Ready(Outcome::Told(reason));
+                    }
+                    // A wait that was cancelled too late: the request is at the server now, and is left alone.
+                    Poll::Ready(Signal::CancelWait) => continue,
+                    _ => {}
                 }
-                // A wait that was cancelled too late: the request is at the server now, and is left alone.
-                Poll::Ready(Signal::CancelWait) => continue,
-                _ => {}
             }
             let up = self.poll_up(cx, lease);
             if let Poll::Ready(Some(outcome)) = up {
@@ -204,7 +207,8 @@ impl Relay {
                 self.take_mail();
                 continue;
             }
-            if down.is_pending() && up.is_pending() {
+            // What `up` has moved, `down` has seen the consequences of: it was asked later.
+            if down.is_pending() {
                 return if self.is_too_slow(cx) { Poll::Ready(self.too_slow()) } else { Poll::Pending };
             }
         }

@@ -250,7 +250,7 @@ impl Relay {
             }
             let lease = match self.pool.try_checkout(&self.client.settings) {
                 Some(lease) => lease,
-                None => match Box::pin(self.checkout()).await {
+                None => match self.checkout().await {
                     Ok(Some(lease)) => lease,
                     Ok(None) => continue,
                     Err(end) => return end,
