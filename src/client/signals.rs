@@ -126,7 +126,8 @@ impl Signals {
         let mut slot = self.mail.lock();
         let Some(mail) = slot.as_mut() else { return 0 };
         let mut taken = 0;
-        while let Some(letter) = mail.letters.pop_front_if(|letter| letter.pid.is_some()) {
+        while mail.letters.front().is_some_and(|letter| letter.pid.is_some()) {
+            let Some(letter) = mail.letters.pop_front() else { break };
             mail.first += 1;
             mail.bytes -= letter.text.len();
             if let (Some(pid), false) = (letter.pid, letter.text.is_empty()) {

@@ -102,14 +102,19 @@ pub struct Key {
 
 impl CancelKeys {
     /// Makes a key with a secret of `len` bytes. `on_wait` is called for a cancel that comes while no server
-    /// connection is bound.
-    pub fn issue(self: &Arc<Self>, len: usize, on_wait: impl Fn() + Send + Sync + 'static) -> Key {
+    /// connection is bound. The process id is the one that is `wanted`, unless another client has it.
+    pub fn issue(
+        self: &Arc<Self>,
+        len: usize,
+        mut wanted: Option<u32>,
+        on_wait: impl Fn() + Send + Sync + 'static,
+    ) -> Key {
         let mut secret = vec![0u8; len].into_boxed_slice();
         rand::fill(&mut secret[..]);
         let entry = Arc::new(Entry { secret: secret.clone(), target: Mutex::new(None), on_wait: Box::new(on_wait) });
         loop {
             // Positive as int4, so that drivers which read it as such are not surprised.
-            let pid = rand::random::<u32>() >> 1;
+            let pid = wanted.take().unwrap_or_else(|| rand::random::<u32>() >> 1);
             if let dashmap::Entry::Vacant(vacant) = self.entries.entry(pid) {
                 vacant.insert(entry.clone());
                 return Key { keys: self.clone(), pid, secret, entry };

@@ -302,6 +302,13 @@ impl Pool {
         self.state.lock().waiters.len()
     }
 
+    /// Whether a checkout would most likely not have to wait for another client.
+    pub fn has_room(&self, settings: &Arc<Settings>) -> bool {
+        let state = self.state.lock();
+        let open = state.waiters.is_empty() && state.open < self.limits.default_pool_size;
+        state.has_idle(settings) || (open && self.budget.has_room())
+    }
+
     /// What a server reports right after a login with these settings, if one has been seen.
     pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
         let state = self.state.lock();
