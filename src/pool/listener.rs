@@ -430,7 +430,7 @@ impl Ear<'_> {
     }
 
     /// A notification has come.
-    async fn hear(&mut self, listener: &Listener, body: &Bytes) -> Option<()> {
+    async fn hear(&self, listener: &Listener, body: &Bytes) -> Option<()> {
         let (pid, channel, text) = message::read_notification(body).ok()?;
         let channel = std::str::from_utf8(channel).ok()?;
         let (tenant, faces) = (self.pool.tenant(), self.pool.faces());

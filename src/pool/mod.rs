@@ -300,6 +300,13 @@ impl Pool {
         self.state.lock().waiters.len()
     }
 
+    /// Whether a checkout would most likely not have to wait for another client.
+    pub fn has_room(&self, settings: &Arc<Settings>) -> bool {
+        let state = self.state.lock();
+        let open = state.waiters.is_empty() && state.open < self.limits.default_pool_size;
+        state.has_idle(settings) || (open && self.budget.has_room())
+    }
+
     /// What a server reports right after a login with these settings, if one has been seen.
     pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
         let state = self.state.lock();
@@ -616,6 +623,11 @@ impl State {
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
         let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
         self.idle.iter().rposition(|conn| same(conn))
+    }
+
+    /// Whether [`State::take_idle`] would find something.
+    fn has_idle(&self, settings: &Arc<Settings>) -> bool {
+        self.waiters.is_empty() && !self.retired && self.idle_at(settings).is_some()
     }
 
     /// The idle connection used last, unless others are in line for it.

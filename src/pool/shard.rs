@@ -75,6 +75,11 @@ impl Budget {
         self.state.lock().open
     }
 
+    /// Whether a slot is free.
+    pub(super) fn has_room(&self) -> bool {
+        self.open() < self.limit.load(Ordering::Relaxed)
+    }
+
     /// Changes the limit; connections above it go as they become idle.
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit, Ordering::Relaxed);

@@ -492,13 +492,15 @@ impl Relay {
     /// configuration has such a limit.
     fn is_too_slow(&mut self, cx: &mut Context<'_>) -> bool {
         let rules = &self.client.rules;
-        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() && rules.pin_timeout.is_zero() {
+        let idle = if self.pinned.is_some() { rules.pin_timeout } else { rules.client_idle_timeout };
+        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() && idle.is_zero() {
             return false;
         }
         let waiting_for = if self.session.is_idle_in_transaction() {
             Waits::Client
         } else if self.session.is_idle() {
-            if self.pinned.is_some() { Waits::Pinned } else { Waits::Nobody }
+            let keeps = self.pinned.is_some() || rules.pool_mode == PoolMode::Session;
+            if keeps { Waits::Pinned } else { Waits::Nobody }
         } else {
             Waits::Server
         };
@@ -507,7 +509,7 @@ impl Relay {
             let timeout = match waiting_for {
                 Waits::Client => rules.idle_transaction_timeout,
                 Waits::Server => rules.query_timeout,
-                Waits::Pinned => rules.pin_timeout,
+                Waits::Pinned => idle,
                 Waits::Nobody => Duration::ZERO,
             };
             self.arm(timeout);
@@ -523,6 +525,8 @@ impl Relay {
                     PIN_REASONS[reason]
                 ))
                 .hint("End what keeps it: drop temporary tables, close cursors, release advisory locks, DEALLOCATE, or DISCARD ALL.")
+        } else if self.waits == Waits::Pinned {
+            PgError::fatal(sqlstate::IDLE_SESSION_TIMEOUT, "client_idle_timeout")
         } else if self.session.is_idle_in_transaction() {
             PgError::fatal(sqlstate::IDLE_IN_TRANSACTION_TIMEOUT, "idle_transaction_timeout")
                 .detail("The transaction was idle for longer than the proxy allows.")

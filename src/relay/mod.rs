@@ -111,6 +111,8 @@ pub struct Client {
     pub params: Arc<Params>,
     /// Its cancel key.
     pub key: Key,
+    /// The server connection that it has already, with `pool_mode = "session"`.
+    pub lease: Option<Lease>,
     /// How to reach its task.
     pub signals: Arc<Signals>,
     /// Its tenant's counters.
@@ -240,6 +242,11 @@ impl Relay {
     }
 
     async fn serve(&mut self) -> End {
+        if let Some(lease) = self.client.lease.take()
+            && let Some(end) = self.lend(lease).await
+        {
+            return end;
+        }
         loop {
             match self.next_request().await {
                 Next::Request => {}

@@ -158,7 +158,7 @@ impl Relay {
             (listed, None) => listed,
             (None, Some(_)) => None,
         };
-        let doubled = self.ears.as_ref().map_or(true, |ears| ears.doubled) || listens;
+        let doubled = self.ears.as_ref().is_none_or(|ears| ears.doubled) || listens;
         match changed {
             Some(channels) if !self.subscribe(channels.clone()).await => {
                 // No connection for the listener: the client's own does it.

@@ -167,6 +167,8 @@ pub struct Session {
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Vec<u8>>,
+    /// What it leaves behind when it runs, which may be in a later group than its Parse; `None` for nothing.
+    unnamed_residue: Option<Box<Residue>>,
     unnamed_serial: u64,
 }
 
@@ -206,6 +208,7 @@ impl Session {
             queries: 0,
             named: HashMap::default(),
             unnamed: None,
+            unnamed_residue: None,
             unnamed_serial: 0,
         }
     }
@@ -453,6 +456,8 @@ impl Session {
         };
         if name.is_empty() {
             self.note_residue(&residue, whole);
+            let residue = if whole { residue } else { Residue::anything() };
+            self.unnamed_residue = (!residue.is_none()).then(|| Box::new(residue));
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -584,6 +589,9 @@ impl Session {
         if name.is_empty() {
             let body = self.unnamed.as_deref()?;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
+            if let Some(residue) = self.unnamed_residue.as_deref() {
+                self.residue.merge(residue);
+            }
             if link.prepared.unnamed == Some(owner) {
                 return Some(Resolved::AsNamed);
             }

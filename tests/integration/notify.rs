@@ -349,6 +349,32 @@ async fn who_does_not_read_its_notifications_is_told_to_go() {
     assert_eq!(sender.value("SELECT 1").await, "1");
 }
 
+/// Some drivers parse and describe in one group, and run what they have parsed in the next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_is_run_in_a_later_group_is_noticed() {
+    let world = auto(|_| {}).await;
+    let (mut client, mut sender) = (world.raw("client_001").await, world.raw("client_001").await);
+    client
+        .compose(|b| {
+            b.parse("", "LISTEN jobs");
+            b.describe(b'S', "");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&client.until_ready().await), "1 n Z(I)");
+    client
+        .compose(|b| {
+            b.bind("", "", &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&client.until_ready().await), "2 C(LISTEN) Z(I)");
+    assert_eq!(world.metric("pgusher_listeners").await, 1.0);
+    ok(&mut sender, "NOTIFY jobs, 'x'").await;
+    assert_eq!(next(&mut client).await, (sender.pid, "jobs x".to_owned()));
+}
+
 /// A driver's own idea of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_driver_gets_its_notifications() {
