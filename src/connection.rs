@@ -22,7 +22,7 @@ use crate::client::login::{self, Opened, Opening, Refused};
 use crate::client::parameters::ClientParameters;
 use crate::client::sessions::Registered;
 use crate::client::signals::Signals;
-use crate::config::AuthType;
+use crate::config::{AuthType, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::TenantStats;
@@ -459,7 +459,9 @@ async fn welcome(
         if let Some(params) = pool.welcome(settings) {
             return Ok(params);
         }
-        let mut lease = match pool.checkout(settings, application_name, settled.relay.query_wait_timeout).await {
+        let own = settled.relay.pool_mode == PoolMode::Session;
+        let name = if own { application_name.clone() } else { Arc::default() };
+        let mut lease = match pool.checkout(settings, &name, settled.relay.query_wait_timeout).await {
             Ok(lease) => lease,
             Err(CheckoutError::Failed(error)) => return Err(error),
             Err(CheckoutError::Retired)

@@ -7,6 +7,7 @@ mod exchange;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+pub mod names;
 pub mod scan;
 pub mod session;
 pub mod settle;
@@ -170,8 +171,14 @@ struct Relay {
     carried: Arc<Carried>,
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
+    /// The client has seeded `random()` on the server connection that it keeps.
+    seeded: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
+    /// The server connection's settings are no longer the client's, which are known.
+    has_params: bool,
+    /// What the client says next waits for an answer of the server.
+    held_up: bool,
     /// The server takes no more.
     server_deaf: bool,
     /// The server has said why it closes.
@@ -215,7 +222,10 @@ impl Relay {
             ready_at: Instant::now(),
             carried,
             pinned: None,
+            seeded: false,
             leaving: false,
+            held_up: false,
+            has_params: false,
             server_deaf: false,
             farewell: false,
             observed: Cell::new(false),
@@ -327,7 +337,10 @@ impl Relay {
             let waiting = Waiting::new(&self.worker.stats);
             let since = Instant::now();
             let (pool, signals) = (self.pool.clone(), self.client.signals.clone());
-            let (settings, name) = (self.client.settings.clone(), self.client.application_name.clone());
+            let settings = self.client.settings.clone();
+            // Who shares a server connection does not name it.
+            let own = self.client.rules.pool_mode == PoolMode::Session;
+            let name = if own { self.client.application_name.clone() } else { Arc::default() };
             let mut checkout = std::pin::pin!(pool.checkout(&settings, &name, self.client.rules.query_wait_timeout));
             let found = poll_fn(|cx| {
                 if let Poll::Ready(signal) = signals.poll(cx) {

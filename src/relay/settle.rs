@@ -19,6 +19,12 @@ use crate::tenant::sql::{Ident, Literal};
 /// An index into [`PIN_REASONS`].
 pub type Reason = usize;
 
+/// Reasons that the server is asked about: the first ones.
+const ASKED: usize = 5;
+/// The client asks for the state of sequences.
+pub const SEQUENCE: Reason = ASKED;
+/// The client has seeded `random()`.
+pub const SEED: Reason = ASKED + 1;
 const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 
 /// What was found out about a server connection.
@@ -29,7 +35,7 @@ pub struct Settled {
     pub pinned: Option<Reason>,
 }
 
-/// Asks the server what `residue` has come to.
+/// Asks the server what `residue` has come to, for a client that was `pinned` before.
 ///
 /// # Errors
 /// The connection must be closed.
@@ -37,13 +43,21 @@ pub async fn settle(
     conn: &mut ServerConnection,
     residue: &Residue,
     carried: &Arc<Carried>,
+    pinned: Option<Reason>,
 ) -> Result<Settled, ServerError> {
-    if !residue.unknown {
+    // What takes away is of interest only where there is something.
+    let freed = residue.frees && pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN);
+    if !residue.unknown && !freed && (!residue.resets || carried.is_empty()) {
         let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
         let carried = if names.is_empty() { carried.clone() } else { ask(conn, &names, (**carried).clone()).await? };
-        return Ok(Settled { carried, pinned: None });
+        return Ok(Settled { carried, pinned });
     }
-    let rows = match conn.rows(&[PROBE]).await {
+    let mut rows = conn.rows(&[&PROBE.replace(HELD_LOCKS, HELD_LOCKS_SHIM)]).await;
+    if matches!(rows, Err(ServerError::Server(_))) {
+        // A place of its own has no functions in the place of PostgreSQL's.
+        rows = conn.rows(&[PROBE]).await;
+    }
+    let rows = match rows {
         Ok(rows) => rows,
         // A place without the functions that the question needs.
         Err(ServerError::Server(_)) => return Ok(Settled { carried: carried.clone(), pinned: Some(UNKNOWN) }),
@@ -51,8 +65,8 @@ pub async fn settle(
     };
     let row = rows.into_iter().next().unwrap_or_default();
     let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
-    let pinned = (0..UNKNOWN).find(|at| holds(*at));
-    let listed = row.get(UNKNOWN).and_then(Option::as_deref).unwrap_or("{}");
+    let pinned = (0..ASKED).find(|at| holds(*at));
+    let listed = row.get(ASKED).and_then(Option::as_deref).unwrap_or("{}");
     let listed: std::collections::BTreeMap<String, String> =
         serde_json::from_str(listed).map_err(|_| ServerError::Protocol("malformed answer"))?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
@@ -64,7 +78,11 @@ pub async fn settle(
     Ok(Settled { carried, pinned })
 }
 
-/// Whether the session holds something of the kinds of [`PIN_REASONS`], in that order, and the settings made in it.
+const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
+      AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
+const HELD_LOCKS_SHIM: &str = "tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0";
+
+/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order, and the settings made in it.
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
 const PROBE: &str = "SELECT \
     EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
@@ -73,7 +91,8 @@ const PROBE: &str = "SELECT \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     EXISTS (SELECT FROM pg_catalog.pg_listening_channels()), \
-    tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0, \
+    EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
+      AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
     (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), setting) FROM pg_catalog.pg_settings \
        WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
