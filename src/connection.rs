@@ -462,7 +462,9 @@ async fn welcome(
         {
             return Ok((params, None));
         }
-        let mut lease = match pool.checkout(settings, application_name, settled.relay.query_wait_timeout).await {
+        let own = settled.relay.pool_mode == PoolMode::Session;
+        let name = if own { application_name.clone() } else { Arc::default() };
+        let mut lease = match pool.checkout(settings, &name, settled.relay.query_wait_timeout).await {
             Ok(lease) => lease,
             Err(CheckoutError::Failed(error)) => return Err(error),
             Err(CheckoutError::Retired)

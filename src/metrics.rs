@@ -73,7 +73,7 @@ pub struct WorkerStats {
 }
 
 /// Why a client keeps its server connection between transactions.
-pub const PIN_REASONS: [&str; 6] = ["temp", "cursor", "prepare", "listen", "lock", "unknown"];
+pub const PIN_REASONS: [&str; 8] = ["temp", "cursor", "prepare", "listen", "lock", "sequence", "seed", "unknown"];
 
 /// Notifications, by what became of them.
 #[derive(Debug, Default)]

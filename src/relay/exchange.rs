@@ -74,7 +74,14 @@ impl Relay {
     fn give_back(&mut self, mut lease: Lease) {
         let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !self.is_doubled();
         self.pin(None);
-        self.client.params = lease.conn().params.clone();
+        if self.seeded {
+            // Nothing makes a session's random numbers unpredictable again.
+            lease.abandon();
+            return;
+        }
+        if !std::mem::take(&mut self.has_params) {
+            self.adopt_params(&mut lease);
+        }
         let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
         lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
@@ -128,22 +135,35 @@ impl Relay {
         let residue = self.session.take_residue();
         let (mut listens, mut pinned) = (None, self.pinned);
         if !residue.is_none() {
-            let work = settle::settle(conn, &residue, &self.carried);
+            let work = settle::settle(conn, &residue, &self.carried, self.pinned, self.ears.is_some());
             let settled = tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
             self.carried = self.pool.intern_carried(settled.carried);
-            // Settings say nothing about what else there is.
-            pinned = if residue.unknown { settled.pinned } else { pinned };
-            listens = settled.listens;
+            (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
-        self.client.params = conn.params.clone();
+        self.seeded |= residue.seeds;
+        let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
+        // These two are not asked of the server: they come and go with what the client says.
+        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED].contains(reason));
+        pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
         if self.ears.is_some() || listens.is_some() {
             // The listener has patience of its own.
             let work = self.settle_ears(conn, listens, pinned, held);
             pinned = tokio::time::timeout(timeout * 4, work).await.map_err(slow)?.map_err(failed)?;
         }
         self.pin(pinned);
-        self.give_answer(conn, held)
+        self.adopt_params(lease);
+        if pinned.is_none() && residue.unknown {
+            // A setting with a prefix of its own is in no list: whoever comes next is not to find it.
+            let work = lease.conn().simple_queries(&["RESET ALL"]);
+            tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
+            lease.conn().applied = self.pool.intern_carried(Arc::default());
+            self.has_params = true;
+        }
+        if pinned.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
+            self.carry_settings(lease).await.map_err(|_| lost("Its settings could not be restored.".to_owned()))?;
+        }
+        self.give_answer(lease.conn(), held)
     }
 
     /// Sends what was held back, and the notifications that came in the meantime.
@@ -162,6 +182,18 @@ impl Relay {
             message::ready_for_query(self.down.out(&self.worker.buffers), b'I');
         }
         Ok(())
+    }
+
+    /// What the server connection says of the client's settings, but for the name that the client has by resetting it.
+    fn adopt_params(&mut self, lease: &mut Lease) {
+        let own = &self.client.application_name;
+        let is_own = self.client.params.get("application_name") == Some(own);
+        let params = lease.conn().params.clone();
+        self.client.params = if is_own && params.get("application_name") == Some("") {
+            self.pool.intern(params.with("application_name", own))
+        } else {
+            params
+        };
     }
 
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
@@ -252,7 +284,7 @@ impl Relay {
                 self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
                 continue;
             }
-            if self.leaving || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
+            if self.leaving || self.held_up || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
                 break;
             }
             match self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers) {
@@ -272,6 +304,7 @@ impl Relay {
         self.up.continue_frame();
         let (limit, max) = (self.worker.buffers.size(), self.client.rules.max_packet_size);
         let mut scratch = BytesMut::new();
+        self.held_up = false;
         loop {
             let unseen = self.up.unseen();
             if self.leaving || unseen.is_empty() {
@@ -287,6 +320,10 @@ impl Relay {
                 return Ok(());
             }
             if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
+                return Ok(());
+            }
+            if self.session.must_wait(header) {
+                self.held_up = true;
                 return Ok(());
             }
             if self.query_since.is_none() {
@@ -395,6 +432,17 @@ impl Relay {
                         return Err(self.stranger(&error));
                     }
                     self.client.params = conn.params.clone();
+                    if self.is_own_name_again(frame) {
+                        self.down.swallow(header.total);
+                        let name = self.client.application_name.clone();
+                        message::parameter_status(
+                            self.down.out(&self.worker.buffers),
+                            "application_name",
+                            name.as_bytes(),
+                        );
+                        self.client.params = self.client.params.with("application_name", &name);
+                        continue;
+                    }
                 }
                 b'A' => {
                     if frame.len() < header.total {
@@ -439,6 +487,15 @@ impl Relay {
         if self.session.owes_answer() && !self.down.mid_frame() {
             self.session.flush_ours(self.down.out(&self.worker.buffers));
         }
+    }
+
+    /// Whether the client's application_name has been reset. The server connection's own is empty, and the client's is
+    /// the one that it came with.
+    fn is_own_name_again(&self, frame: &[u8]) -> bool {
+        !self.client.application_name.is_empty()
+            && self.client.rules.pool_mode != PoolMode::Session
+            && frame[HEADER..] == *b"application_name\0\0"
+            && self.session.may_reset("application_name")
     }
 
     /// A ReadyForQuery has come: counts and times.

@@ -8,6 +8,7 @@ pub mod flow;
 pub mod guard;
 pub mod lex;
 pub mod mention;
+pub mod names;
 mod notify;
 pub mod scan;
 pub mod session;
@@ -186,8 +187,14 @@ struct Relay {
     ears: Option<Box<notify::Ears>>,
     /// Its ReadyForQuery is held back until what it listens to is settled.
     held: bool,
+    /// The client has seeded `random()` on the server connection that it keeps.
+    seeded: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
+    /// The server connection's settings are no longer the client's, which are known.
+    has_params: bool,
+    /// What the client says next waits for an answer of the server.
+    held_up: bool,
     /// The server takes no more.
     server_deaf: bool,
     /// The server has said why it closes.
@@ -234,7 +241,10 @@ impl Relay {
             pinned: None,
             ears: None,
             held: false,
+            seeded: false,
             leaving: false,
+            held_up: false,
+            has_params: false,
             server_deaf: false,
             farewell: false,
             memory: Memory::default(),
@@ -352,7 +362,10 @@ impl Relay {
             let counted = Waiting::new(&self.worker.stats);
             let client = &self.client;
             let patience = client.rules.query_wait_timeout;
-            let mut wait = self.pool.wait(&client.settings, &client.application_name, patience);
+            // Who shares a server connection does not name it.
+            let own = client.rules.pool_mode == PoolMode::Session;
+            let name = if own { client.application_name.clone() } else { Arc::default() };
+            let mut wait = self.pool.wait(&client.settings, &name, patience);
             let found = poll_fn(|cx| {
                 if let Poll::Ready(signal) = client.signals.poll(cx) {
                     return Poll::Ready(Err(signal));

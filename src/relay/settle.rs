@@ -23,6 +23,12 @@ pub type Reason = usize;
 /// The one for `LISTEN`.
 pub const LISTEN: Reason = 3;
 
+/// Reasons that the server is asked about: the first ones.
+const ASKED: usize = 5;
+/// The client asks for the state of sequences.
+pub const SEQUENCE: Reason = ASKED;
+/// The client has seeded `random()`.
+pub const SEED: Reason = ASKED + 1;
 const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 
 /// What was found out about a server connection.
@@ -35,7 +41,8 @@ pub struct Settled {
     pub listens: Option<Channels>,
 }
 
-/// Asks the server what `residue` has come to.
+/// Asks the server what `residue` has come to, for a client that was `pinned`, or `listening` without that,
+/// before.
 ///
 /// # Errors
 /// The connection must be closed.
@@ -43,13 +50,22 @@ pub async fn settle(
     conn: &mut ServerConnection,
     residue: &Residue,
     carried: &Arc<Carried>,
+    pinned: Option<Reason>,
+    listening: bool,
 ) -> Result<Settled, ServerError> {
-    if !residue.unknown {
+    // What takes away is of interest only where there is something.
+    let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
+    if !residue.unknown && !freed && (!residue.resets || carried.is_empty()) {
         let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
         let carried = if names.is_empty() { carried.clone() } else { ask(conn, &names, (**carried).clone()).await? };
-        return Ok(Settled { carried, pinned: None, listens: None });
+        return Ok(Settled { carried, pinned, listens: None });
     }
-    let rows = match conn.rows(&[PROBE]).await {
+    let mut rows = conn.rows(&[&PROBE.replace(HELD_LOCKS, HELD_LOCKS_SHIM)]).await;
+    if matches!(rows, Err(ServerError::Server(_))) {
+        // A place of its own has no functions in the place of PostgreSQL's.
+        rows = conn.rows(&[PROBE]).await;
+    }
+    let rows = match rows {
         Ok(rows) => rows,
         // A place without the functions that the question needs.
         Err(ServerError::Server(_)) => {
@@ -59,11 +75,11 @@ pub async fn settle(
     };
     let row = rows.into_iter().next().unwrap_or_default();
     let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
-    let pinned = (0..UNKNOWN).find(|at| *at != LISTEN && holds(*at));
+    let pinned = (0..ASKED).find(|at| *at != LISTEN && holds(*at));
     let malformed = |_| ServerError::Protocol("malformed answer");
     let channels = row.get(LISTEN).and_then(Option::as_deref).unwrap_or("[]");
     let listens: Channels = serde_json::from_str(channels).map_err(malformed)?;
-    let listed = row.get(UNKNOWN).and_then(Option::as_deref).unwrap_or("{}");
+    let listed = row.get(ASKED).and_then(Option::as_deref).unwrap_or("{}");
     let listed: std::collections::BTreeMap<String, String> = serde_json::from_str(listed).map_err(malformed)?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
     let own = |name: &&str| name.contains('.');
@@ -74,8 +90,12 @@ pub async fn settle(
     Ok(Settled { carried, pinned, listens: Some(listens) })
 }
 
-/// Whether the session holds something of the kinds of [`PIN_REASONS`], in that order (the channels as a list), and the
-/// settings made in it.
+const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
+      AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
+const HELD_LOCKS_SHIM: &str = "tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0";
+
+/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list),
+/// and the settings made in it.
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
 const PROBE: &str = "SELECT \
     EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
@@ -84,7 +104,8 @@ const PROBE: &str = "SELECT \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \
-    tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0, \
+    EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
+      AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
     (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), setting) FROM pg_catalog.pg_settings \
        WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \

@@ -50,7 +50,7 @@ impl Pair {
             World::with_clusters(vec![Arc::new(Cluster::start())], |config| {
                 config.pool.pool_mode = PoolMode::Auto;
                 config.pool.default_pool_size = CONNECTIONS;
-                config.pool.query_wait_timeout = std::time::Duration::from_secs(5);
+                config.pool.query_wait_timeout = std::time::Duration::from_secs(1);
             })
             .await
         };
@@ -104,7 +104,7 @@ impl Pair {
 
     /// Runs the case of a seed.
     pub(crate) async fn case(&self, tenant: &str, seed: u64) -> Result<usize, Failure> {
-        let mut script = Script { dice: Dice::new(seed), holders: CONNECTIONS - 1 };
+        let mut script = Script { dice: Dice::new(seed), holders: CONNECTIONS - 1, asks: false, pins: false };
         let odd = script.dice.below(CLIENTS * 2);
         self.reset(tenant).await;
         let mut couples = Vec::new();
@@ -113,8 +113,10 @@ impl Pair {
         }
         let mut known = vec![Known::default(); CLIENTS];
         let (mut steps, mut statements) = (Vec::new(), 0);
+        // One client in every other case uses sequences.
+        let asks = script.dice.below(CLIENTS * 2);
         for at in 0..STEPS {
-            let step = script.step(&known);
+            let step = if at == 0 && asks < CLIENTS { Step::first_ask(asks) } else { script.step(&known) };
             steps.push(step.clone());
             statements += step.statements;
             let couple = &mut couples[step.client];
@@ -151,9 +153,10 @@ impl Pair {
     pub(crate) async fn shrink(&self, tenant: &str, seed: u64, failure: Failure) -> Failure {
         let mut best = failure;
         let mut size = best.steps.len() / 2;
+        let began = std::time::Instant::now();
         while size > 0 {
             let mut from = 0;
-            while from < best.steps.len() {
+            while from < best.steps.len() && began.elapsed().as_secs() < 60 {
                 let mut fewer = best.steps.clone();
                 fewer.drain(from..(from + size).min(fewer.len()));
                 match self.replay(tenant, seed, &fewer).await {
@@ -191,17 +194,16 @@ impl Couple {
         }
         known.in_transaction = direct.last().is_some_and(|last| last != "Z(I)");
         let text = format!("{:?}", step.ops).to_lowercase();
-        known.may_be_pinned |= PINNING.iter().any(|word| text.contains(word));
-        if direct.iter().any(|m| m == "C(DISCARD ALL)") && direct.len() == 2 && !text.contains("setseed") {
+        known.asks |= text.contains("lastval");
+        known.seeded |= text.contains("seed");
+        known.may_be_pinned |= known.asks || step.pins;
+        if direct.iter().any(|m| m == "C(DISCARD ALL)") && direct.len() == 2 && !known.asks && !known.seeded {
             known.may_be_pinned = false;
         }
         let _ = &self.parameters;
         Ok(())
     }
 }
-
-/// What may pin a client, in lower case.
-const PINNING: &[&str] = &["temp", "prepare", "with hold", "advisory_lock", "currval", "lastval", "seed"];
 
 /// Says it, and hears the answers in a comparable form.
 async fn say(raw: &mut Raw, ops: &[Op]) -> Vec<String> {

@@ -76,6 +76,15 @@ pub(crate) struct Step {
     pub(crate) ops: Vec<Op>,
     /// Statements in it.
     pub(crate) statements: usize,
+    /// It may pin the client.
+    pub(crate) pins: bool,
+}
+
+impl Step {
+    /// Whoever asks for the state of sequences later asks once before it has any.
+    pub(crate) fn first_ask(client: usize) -> Self {
+        Self { client, ops: vec![Op::Query("SELECT lastval()".to_owned())], statements: 1, pins: true }
+    }
 }
 
 /// What the script has to know of a client to keep the others from waiting for a server connection.
@@ -85,6 +94,10 @@ pub(crate) struct Known {
     pub(crate) in_transaction: bool,
     /// It may hold what cannot be carried.
     pub(crate) may_be_pinned: bool,
+    /// It has asked for the state of sequences before. The first time is another story: see the README.
+    pub(crate) asks: bool,
+    /// It has seeded `random()`, and keeps its server connection to the end.
+    pub(crate) seeded: bool,
 }
 
 impl Known {
@@ -111,7 +124,7 @@ const SETTINGS: &[(&str, &[&str])] = &[
     ("DateStyle", &["'ISO, MDY'", "'German'", "'SQL, DMY'"]),
     ("IntervalStyle", &["'iso_8601'", "'postgres'", "'sql_standard'"]),
     ("extra_float_digits", &["0", "3", "99"]),
-    ("application_name", &["'a'", "'b c'", "''"]),
+    ("application_name", &["'a'", "'b c'"]),
     ("client_encoding", &["'UTF8'", "'utf-8'", "'LATIN1'", "'none'"]),
     ("bytea_output", &["'hex'", "'escape'"]),
     ("search_path", &["''", "'public'", "'pg_catalog', 'public'"]),
@@ -133,7 +146,7 @@ const SETTINGS: &[(&str, &[&str])] = &[
 
 /// Every setting of the table, and what the session holds.
 const DIGEST: &str = "SELECT name, setting FROM pg_catalog.pg_settings WHERE lower(name) = ANY ('{work_mem,timezone,datestyle,\
-    intervalstyle,extra_float_digits,application_name,client_encoding,bytea_output,search_path,statement_timeout,lock_timeout,\
+    intervalstyle,extra_float_digits,client_encoding,bytea_output,search_path,statement_timeout,lock_timeout,\
     default_transaction_read_only,default_transaction_isolation,enable_seqscan,standard_conforming_strings,\
     client_min_messages,plan_cache_mode,array_nulls,transaction_isolation,transaction_read_only}') ORDER BY 1";
 
@@ -148,15 +161,21 @@ pub(crate) struct Script {
     pub(crate) dice: Dice,
     /// Clients that may hold a server connection at a time.
     pub(crate) holders: usize,
+    /// The client at hand may ask for the state of sequences.
+    pub(crate) asks: bool,
+    /// The step at hand may pin.
+    pub(crate) pins: bool,
 }
 
 impl Script {
     /// The next step, given what is known of the clients.
     pub(crate) fn step(&mut self, clients: &[Known]) -> Step {
         let client = self.dice.below(clients.len());
+        self.asks = clients[client].asks;
         let held = clients.iter().filter(|known| known.holds()).count();
         let free = clients[client].holds() || held < self.holders;
-        let mut step = Step { client, ops: Vec::new(), statements: 0 };
+        let mut step = Step { client, ops: Vec::new(), statements: 0, pins: false };
+        self.pins = false;
         match self.dice.below(20) {
             0..8 => self.simple(&mut step, free, 1),
             8..10 => {
@@ -171,6 +190,7 @@ impl Script {
             18 => self.flushed(&mut step, free),
             _ => self.copy(&mut step),
         }
+        step.pins = self.pins;
         step
     }
 
@@ -200,7 +220,7 @@ impl Script {
     /// P [D] S, then B E S under a name; sometimes only one of the two.
     fn prepared(&mut self, step: &mut Step, free: bool) {
         let name = self.dice.pick(NAMES);
-        let (sql, values) = self.parametrised(step.client, free);
+        let (sql, values) = self.nameable(step.client, free);
         if self.dice.one_in(3) {
             step.ops.push(Op::CloseStatement(name));
         }
@@ -242,7 +262,7 @@ impl Script {
     /// Several statements before one Sync.
     fn pipeline(&mut self, step: &mut Step, free: bool) {
         for _ in 0..2 + self.dice.below(3) {
-            let (sql, values) = self.parametrised(step.client, free);
+            let (sql, values) = self.nameable(step.client, free);
             let name = if self.dice.one_in(3) { self.dice.pick(NAMES) } else { "" };
             step.ops.extend([Op::Parse(name, sql), Op::Bind(name, values), Op::Execute]);
             if self.dice.one_in(6) {
@@ -289,6 +309,7 @@ impl Script {
         loop {
             let (sql, effect) = self.any(client);
             if free || effect == Effect::Calm {
+                self.pins |= effect == Effect::Pins;
                 return sql;
             }
         }
@@ -317,12 +338,22 @@ impl Script {
         }
     }
 
+    /// One that may be prepared under a name: what it does with names of others is the business of the unnamed.
+    fn nameable(&mut self, client: usize, free: bool) -> (String, Vec<String>) {
+        loop {
+            let (sql, values) = self.parametrised(client, free);
+            if !["EXECUTE", "DEALLOCATE", "deallocate"].iter().any(|verb| sql.starts_with(verb)) {
+                return (sql, values);
+            }
+        }
+    }
+
     fn any(&mut self, client: usize) -> (String, Effect) {
         match self.dice.below(100) {
             0..22 => (self.setting(), Effect::Calm),
             22..34 => (self.shown(), Effect::Calm),
             34..52 => self.transaction(),
-            52..66 => (self.data(client), Effect::Calm),
+            52..66 => (self.data(client), if self.asks { Effect::Pins } else { Effect::Calm }),
             66..70 => (self.mistake(), Effect::Calm),
             70..75 => self.temporary(),
             75..80 => self.sql_prepared(),
@@ -359,7 +390,6 @@ impl Script {
                     "/* c */ SET NAMES 'LATIN1'",
                     "RESET TIME ZONE",
                     "SET SCHEMA 'public'",
-                    "SET seed TO 0.5",
                     "reset all",
                 ])
                 .to_owned(),
@@ -367,7 +397,9 @@ impl Script {
     }
 
     fn shown(&mut self) -> String {
-        let (name, _) = SETTINGS[self.dice.below(SETTINGS.len())];
+        // What an application_name is reset to shows in the next transaction only.
+        let readable: Vec<&str> = SETTINGS.iter().map(|(name, _)| *name).filter(|n| *n != "application_name").collect();
+        let name = self.dice.pick(&readable);
         match self.dice.below(6) {
             0 if !name.contains('.') => format!("SHOW {name}"),
             1 if !name.contains('.') => format!("SELECT current_setting('{name}')"),
@@ -474,12 +506,15 @@ impl Script {
     }
 
     fn sequence(&mut self) -> (String, Effect) {
-        match self.dice.below(8) {
-            0 | 1 => ("SELECT nextval('numbers')".to_owned(), Effect::Calm),
+        let (advances, kinds) = if self.asks { (Effect::Pins, 8) } else { (Effect::Calm, 2) };
+        match self.dice.below(kinds) {
+            0 => ("SELECT nextval('numbers')".to_owned(), advances),
+            1 if !self.asks => ("SELECT setval('numbers', 50)".to_owned(), advances),
+            1 => ("SELECT nextval('numbers'), lastval()".to_owned(), Effect::Pins),
             2 => ("SELECT currval('numbers')".to_owned(), Effect::Pins),
             3 => ("SELECT lastval()".to_owned(), Effect::Pins),
             4 => ("SELECT currval('notes_id_seq')".to_owned(), Effect::Pins),
-            5 => ("SELECT setval('numbers', 100)".to_owned(), Effect::Calm),
+            5 => ("SELECT setval('numbers', 100)".to_owned(), advances),
             6 => ("DISCARD SEQUENCES".to_owned(), Effect::Calm),
             _ => ("SELECT nextval('numbers'), currval('numbers')".to_owned(), Effect::Pins),
         }
@@ -493,7 +528,7 @@ impl Script {
             3 => ("DO $$ BEGIN PERFORM set_config('lock_timeout', '7s', false); END $$".to_owned(), Effect::Calm),
             4 => ("DO $$ BEGIN RAISE EXCEPTION 'mine' USING ERRCODE = 'P0042'; END $$".to_owned(), Effect::Calm),
             5 => ("DO $$ BEGIN RAISE NOTICE 'hello'; END $$".to_owned(), Effect::Calm),
-            6 => ("SELECT setseed(0.25)".to_owned(), Effect::Pins),
+            6 => (self.dice.pick(&["SELECT setseed(0.25)", "SET seed TO 0.5"]).to_owned(), Effect::Pins),
             _ => ("SELECT f_note()".to_owned(), Effect::Calm),
         }
     }
