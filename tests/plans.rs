@@ -321,6 +321,39 @@ async fn a_grade_can_be_changed_there_and_back() {
     }
 }
 
+/// A policy of the name that pgusher looks for, on a temporary table, with a trigger that runs whatever the mode is.
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_a_tenant_runs_nothing_that_another_has_planted() {
+    let cluster = Cluster::start();
+    let files = template(NOTES);
+    let proxy = Proxy::start(config(&cluster, Some(files.path()))).await;
+    for (plan, planted) in [(Plan::Rls, "TEMP TABLE t"), (Plan::Schema, "TABLE t"), (Plan::Database, "TABLE t")] {
+        let [bad, good] = ["bad", "good"].map(|name| format!("{}_{name}", plan.as_str()));
+        proxy.create(&bad, plan).await;
+        proxy.create(&good, plan).await;
+        let client = seat(&proxy, &cluster, &bad).await;
+        let function = if plan == Plan::Rls { "pg_temp.grab" } else { "grab" };
+        client
+            .batch_execute(&format!(
+                "CREATE {planted} (tenant_id name, id int); \
+                 ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY tenant_isolation ON t USING (true); \
+                 CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ \
+                   BEGIN EXECUTE 'ALTER ROLE {bad} SUPERUSER'; RETURN NULL; END $$; \
+                 CREATE TRIGGER g BEFORE DELETE OR TRUNCATE ON t FOR EACH STATEMENT EXECUTE FUNCTION {function}(); \
+                 ALTER TABLE t ENABLE ALWAYS TRIGGER g"
+            ))
+            .await
+            .unwrap();
+        let admin = cluster.admin("postgres").await;
+        let superusers = format!("SELECT count(*) FROM pg_roles WHERE rolname = '{bad}' AND rolsuper");
+        proxy.control.delete(&id(&good), "test").await.unwrap();
+        assert_eq!(count(&admin, &superusers).await, 0, "{plan:?}: by deleting another");
+        proxy.control.delete(&id(&bad), "test").await.unwrap();
+        assert_eq!(left(&cluster, &bad).await, Vec::<String>::new(), "{plan:?}");
+    }
+    proxy.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reload_changes_the_grade_of_tenants_that_are_there() {
     let cluster = Cluster::start();

@@ -143,7 +143,7 @@ pub const TENANT_COLUMN: &str = "tenant_id";
 /// Name of the policies.
 pub const POLICY: &str = "tenant_isolation";
 /// Raised when [`Plan::setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 3;
+pub const SETUP_VERSION: u32 = 4;
 /// What the comment on a role, schema or database of a tenant begins with; the id follows.
 pub const MARK: &str = "pgusher tenant";
 
@@ -426,9 +426,7 @@ impl Plan {
                 // no trigger runs.
                 let rows = format!(
                     "DECLARE found record; BEGIN SET LOCAL session_replication_role = replica; \
-                     FOR found IN SELECT p.polrelid::pg_catalog.regclass AS name FROM pg_catalog.pg_policy p \
-                     WHERE p.polname = '{POLICY}' \
-                     LOOP EXECUTE pg_catalog.format('DELETE FROM %s WHERE {TENANT_COLUMN} = %L', found.name, {}); \
+                     FOR found IN {SHARED_TABLES} LOOP EXECUTE pg_catalog.format('DELETE FROM %s WHERE {TENANT_COLUMN} = %L', found.name, {}); \
                      END LOOP; SET LOCAL session_replication_role = origin; END",
                     Literal(&home.role)
                 );
@@ -477,6 +475,12 @@ impl Plan {
     ];
 }
 
+/// The tables that tenants of plan `rls` share: those that belong to their owner. A tenant can give its own temporary
+/// table a policy of the same name, and a trigger that runs as whoever deletes from it.
+const SHARED_TABLES: &str = "SELECT c.oid::pg_catalog.regclass AS name FROM pg_catalog.pg_policy p \
+    JOIN pg_catalog.pg_class c ON c.oid = p.polrelid JOIN pg_catalog.pg_roles o ON o.oid = c.relowner \
+    WHERE p.polname = 'tenant_isolation' AND o.rolname = 'provisioner' AND c.relpersistence <> 't'";
+
 /// The right to delete rows is one to lock the whole table against everybody, so that `strict` does not give it.
 fn shared_deletes(hardening: Hardening) -> String {
     let change = match hardening {
@@ -484,9 +488,7 @@ fn shared_deletes(hardening: Hardening) -> String {
         Hardening::Strict => "REVOKE DELETE ON %s FROM app_tenants",
     };
     let body = format!(
-        "DECLARE found record; BEGIN FOR found IN SELECT p.polrelid::pg_catalog.regclass AS name \
-         FROM pg_catalog.pg_policy p WHERE p.polname = '{POLICY}' \
-         LOOP EXECUTE pg_catalog.format('{change}', found.name); END LOOP; END"
+        "DECLARE found record; BEGIN FOR found IN {SHARED_TABLES} LOOP EXECUTE pg_catalog.format('{change}', found.name); END LOOP; END"
     );
     format!("DO {};\n", Literal(&body))
 }
