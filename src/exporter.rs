@@ -238,7 +238,9 @@ impl Exporter {
         for shard in self.shared.directory.shards() {
             tenants.add(&[("shard", &shard.name)], self.shared.directory.tenants_on(&shard.name) as f64);
         }
-        vec![connections.0, storage.0, rate.0, tenants.0, self.violations(), self.lost_records()]
+        let mut families = vec![connections.0, storage.0, rate.0, tenants.0, self.violations(), self.lost_records()];
+        families.extend(self.canary());
+        families
     }
 
     fn violations(&self) -> MetricFamily {
@@ -264,6 +266,26 @@ impl Exporter {
             family.add(&[("at", label)], self.shared.metrics.desk.lost(at) as f64);
         }
         family.0
+    }
+
+    fn canary(&self) -> Vec<MetricFamily> {
+        let mut at = Family::gauge(
+            "pgusher_canary_last_run_timestamp_seconds",
+            "When the canary was last done with the shard, in seconds since 1970.",
+        );
+        let mut attacks = Family::gauge("pgusher_canary_attacks", "Attacks that the canary's last run tried.");
+        let mut leaks = Family::gauge("pgusher_canary_leaks", "Attacks of the last run that reached the victim.");
+        let mut errors = Family::gauge("pgusher_canary_errors", "What the last run could not try, or not clean up.");
+        for outcome in self.control.canary_outcomes() {
+            let labels = [("plan", outcome.plan.as_str()), ("shard", outcome.shard.as_str())];
+            at.add(&labels, outcome.at as f64);
+            attacks.add(&labels, outcome.attacks as f64);
+            leaks.add(&labels, outcome.leaks.len() as f64);
+            errors.add(&labels, outcome.errors.len() as f64);
+        }
+        let seen = Family::counter("pgusher_canary_seen_total", "Attempts of the canary's that were seen and counted.");
+        let seen = seen.one(self.shared.metrics.canary_seen.load(Ordering::Relaxed) as f64);
+        vec![at.0, attacks.0, leaks.0, errors.0, seen]
     }
 
     fn clients(&self) -> Vec<MetricFamily> {

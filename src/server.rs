@@ -28,6 +28,7 @@ use crate::client::sessions::Sessions;
 use crate::client::tls::ServerTls;
 use crate::config::{AuthType, Config};
 use crate::connection::{self, Admitted, Peer};
+use crate::control::canary::Front;
 use crate::control::{Control, ControlError, Traffic, api};
 use crate::directory::Directory;
 use crate::error::{PgError, sqlstate};
@@ -235,6 +236,8 @@ impl Server {
         let acceptors = TaskTracker::new();
         let mut addresses = listen(&config, &shared, &accepting, &acceptors)?;
         spawn_sweeper(&shared, shutdown.clone());
+        let front = Front::new(&config, addresses.proxy.first(), addresses.unix.as_deref());
+        control.open_canary(front, shared.metrics.clone());
         addresses.api = serve_api(&config, &control, &shutdown).await?;
         addresses.metrics = serve_metrics(&config, &shared, &control, &shutdown).await?;
         let threads = Mutex::new(threads);

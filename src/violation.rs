@@ -27,6 +27,8 @@ pub enum Kind {
     Startup,
     /// A FunctionCall message, which no grant of a statement checks.
     FunctionCall,
+    /// The canary has reached its victim: the wall has a hole.
+    Canary,
 }
 
 impl Kind {
@@ -39,6 +41,7 @@ impl Kind {
             Self::Guard => "guard",
             Self::Startup => "startup",
             Self::FunctionCall => "function_call",
+            Self::Canary => "canary",
         }
     }
 }
@@ -54,6 +57,8 @@ pub enum Action {
     Closed,
     /// It was let through, because the guard only observes.
     Observed,
+    /// Nobody stopped it.
+    Leaked,
 }
 
 impl Action {
@@ -64,6 +69,7 @@ impl Action {
             Self::Refused => "refused",
             Self::Closed => "closed",
             Self::Observed => "observed",
+            Self::Leaked => "leaked",
         }
     }
 }

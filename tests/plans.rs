@@ -12,6 +12,7 @@ use std::time::Duration;
 use pgusher::config::{Config, Secret, ShardConfig, User};
 use pgusher::control::adopt::{Adopted, Adoption};
 use pgusher::control::provision::Choice;
+use pgusher::control::records::ShardRecord;
 use pgusher::control::shared_tables::Conversion;
 use pgusher::control::{Control, NoTraffic};
 use pgusher::directory::Directory;
@@ -319,6 +320,105 @@ async fn a_grade_can_be_changed_there_and_back() {
         }
         proxy.stop().await;
     }
+}
+
+/// A policy of the name that pgusher looks for, on a temporary table, with a trigger that runs whatever the mode is.
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_a_tenant_runs_nothing_that_another_has_planted() {
+    let cluster = Cluster::start();
+    let files = template(NOTES);
+    let proxy = Proxy::start(config(&cluster, Some(files.path()))).await;
+    for (plan, planted) in [(Plan::Rls, "TEMP TABLE t"), (Plan::Schema, "TABLE t"), (Plan::Database, "TABLE t")] {
+        let [bad, good] = ["bad", "good"].map(|name| format!("{}_{name}", plan.as_str()));
+        proxy.create(&bad, plan).await;
+        proxy.create(&good, plan).await;
+        let client = seat(&proxy, &cluster, &bad).await;
+        let function = if plan == Plan::Rls { "pg_temp.grab" } else { "grab" };
+        client
+            .batch_execute(&format!(
+                "CREATE {planted} (tenant_id name, id int); \
+                 ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY tenant_isolation ON t USING (true); \
+                 CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ \
+                   BEGIN EXECUTE 'ALTER ROLE {bad} SUPERUSER'; RETURN NULL; END $$; \
+                 CREATE TRIGGER g BEFORE DELETE OR TRUNCATE ON t FOR EACH STATEMENT EXECUTE FUNCTION {function}(); \
+                 ALTER TABLE t ENABLE ALWAYS TRIGGER g"
+            ))
+            .await
+            .unwrap();
+        let admin = cluster.admin("postgres").await;
+        let superusers = format!("SELECT count(*) FROM pg_roles WHERE rolname = '{bad}' AND rolsuper");
+        proxy.control.delete(&id(&good), "test").await.unwrap();
+        assert_eq!(count(&admin, &superusers).await, 0, "{plan:?}: by deleting another");
+        proxy.control.delete(&id(&bad), "test").await.unwrap();
+        assert_eq!(left(&cluster, &bad).await, Vec::<String>::new(), "{plan:?}");
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_changes_the_grade_of_tenants_that_are_there() {
+    let cluster = Cluster::start();
+    let files = template(NOTES);
+    let mut config = config(&cluster, Some(files.path()));
+    let proxy = Proxy::start(config.clone()).await;
+    for plan in [Plan::Rls, Plan::Schema, Plan::Database] {
+        proxy.create(plan.as_str(), plan).await;
+    }
+    for grade in [Hardening::Strict, Hardening::Compat, Hardening::Strict] {
+        config.provision.hardening = grade;
+        proxy.control.reload(&config).await.unwrap();
+        for plan in [Plan::Rls, Plan::Schema, Plan::Database] {
+            let client = seat(&proxy, &cluster, plan.as_str()).await;
+            for sql in ["SELECT rolname FROM pg_roles", "SELECT prosrc FROM pg_proc", "SELECT lo_unlink(lo_create(0))"]
+            {
+                let allowed = code(&client, sql).await == "00000";
+                assert_eq!(allowed, grade == Hardening::Compat, "{plan:?} {grade:?} {sql}");
+            }
+            let deletes = code(&client, "DELETE FROM notes").await == "00000";
+            assert_eq!(deletes, grade == Hardening::Compat || plan != Plan::Rls, "{plan:?} {grade:?}");
+        }
+        // New ones, too.
+        let fresh = format!("fresh_{}", grade.as_str());
+        proxy.create(&fresh, Plan::Database).await;
+        let client = seat(&proxy, &cluster, &fresh).await;
+        assert_eq!(code(&client, "SELECT rolname FROM pg_roles").await == "00000", grade == Hardening::Compat);
+        proxy.control.delete(&id(&fresh), "test").await.unwrap();
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_changes_hands_only_when_nobody_lives_there() {
+    let (shared, own) = (Cluster::start(), Cluster::start());
+    let mut config = config(&shared, None);
+    config.shards.push(ShardConfig { dedicated_to: Some("boss".into()), ..shard("own", &own) });
+    let proxy = Proxy::start(config.clone()).await;
+    proxy.create("t1", Plan::Schema).await;
+    proxy.create("boss", Plan::Cluster).await;
+    let shards = proxy.control.list_shards().await.unwrap();
+    let record = |name: &str| shards.iter().find(|shard| shard.name == name).unwrap().clone();
+    for (name, dedicated_to, whose) in [
+        ("shard_1", Some("t1"), "t1"),
+        ("shard_1", Some("boss"), "t1"),
+        ("own", None, "boss"),
+        ("own", Some("t2"), "boss"),
+    ] {
+        let changed = ShardRecord { dedicated_to: dedicated_to.map(str::to_owned), ..record(name) };
+        let error = proxy.control.add_shard(&changed, "test").await.unwrap_err();
+        assert_eq!((&*error.code, error.hint.is_some()), ("55000", true), "{name} {dedicated_to:?}: {error}");
+        assert!(error.detail.unwrap().contains(&format!("\"{whose}\"")), "{name} {dedicated_to:?}");
+        // Nor by the configuration.
+        let mut changed = config.clone();
+        changed.shards.iter_mut().find(|shard| shard.name == name).unwrap().dedicated_to =
+            dedicated_to.map(str::to_owned);
+        assert_eq!(proxy.control.reload(&changed).await.unwrap_err().code, "55000", "{name} {dedicated_to:?}");
+    }
+    proxy.control.delete(&id("t1"), "test").await.unwrap();
+    // The database that tenants shared is not one of its own.
+    let changed = ShardRecord { dedicated_to: Some("t1".into()), database: "t1".into(), ..record("shard_1") };
+    proxy.control.add_shard(&changed, "test").await.unwrap();
+    proxy.create("t1", Plan::Cluster).await;
+    proxy.stop().await;
 }
 
 /// The shape of a small application: numbers from sequences and identity, keys, references of each kind.

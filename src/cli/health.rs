@@ -36,9 +36,17 @@ pub enum HealthError {
 /// # Errors
 /// [`HealthError`]
 pub fn probe(url: &str, timeout: Duration) -> Result<String, HealthError> {
+    ask("GET", url, "", timeout)
+}
+
+/// Asks `url` with this method, and with this bearer token unless it is empty; returns the body of a 200.
+///
+/// # Errors
+/// [`HealthError`]
+pub fn ask(method: &str, url: &str, token: &str, timeout: Duration) -> Result<String, HealthError> {
     let (host, path) = parse(url).ok_or_else(|| HealthError::BadUrl(url.to_owned()))?;
     let unreachable = |source| HealthError::Unreachable { url: url.to_owned(), source };
-    let answer = get(host, path, timeout).map_err(unreachable)?;
+    let answer = send(method, host, path, token, timeout).map_err(unreachable)?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.lines().next().unwrap_or_default();
     if status.split(' ').nth(1) == Some("200") {
@@ -61,12 +69,15 @@ fn parse(url: &str) -> Option<(&str, &str)> {
 }
 
 /// HTTP/1.0, so that the end of the connection is the end of the answer.
-fn get(host: &str, path: &str, timeout: Duration) -> io::Result<String> {
+fn send(method: &str, host: &str, path: &str, token: &str, timeout: Duration) -> io::Result<String> {
     let address = host.to_socket_addrs()?.next().ok_or(io::ErrorKind::NotFound)?;
     let mut stream = TcpStream::connect_timeout(&address, timeout)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
-    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    let bearer = if token.is_empty() { String::new() } else { format!("Authorization: Bearer {token}\r\n") };
+    let head =
+        format!("{method} {path} HTTP/1.0\r\nHost: {host}\r\n{bearer}Content-Length: 0\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(ANSWER_LIMIT).read_to_end(&mut answer)?;
     Ok(String::from_utf8_lossy(&answer).into_owned())

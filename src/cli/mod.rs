@@ -80,6 +80,20 @@ enum Command {
         #[command(subcommand)]
         command: RlsCommand,
     },
+    /// Have a running pgusher attack itself, with two throwaway tenants per shard; exits with 1 if anything leaked
+    Canary {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The admin API, if not the one of the configuration
+        #[arg(long, value_name = "URL")]
+        url: Option<String>,
+        /// How long to wait for the end
+        #[arg(long, default_value = "5m", value_parser = humantime::parse_duration)]
+        timeout: std::time::Duration,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Ask a running pgusher whether it is ready; exits with 1 if not
     Health {
         /// What to ask
@@ -325,6 +339,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Shard { command } => shard(command).await,
         Command::Audit { command } => audit(command),
         Command::Rls { command } => rls(command).await,
+        Command::Canary { config, url, timeout, json } => canary(&config, url, timeout, json),
         Command::Health { url, timeout } => {
             println!("{}", health::probe(&url, timeout)?);
             Ok(ExitCode::SUCCESS)
@@ -429,6 +444,25 @@ async fn tenant(command: TenantCommand) -> Result<ExitCode, Failure> {
     };
     print!("{text}");
     Ok(ExitCode::SUCCESS)
+}
+
+/// The canary lives in the proxy: it is asked to run it.
+fn canary(
+    file: &ConfigFile,
+    url: Option<String>,
+    timeout: std::time::Duration,
+    json: bool,
+) -> Result<ExitCode, Failure> {
+    let api = control_config(file)?.api;
+    if url.is_none() && api.listen.is_empty() {
+        let hint = "Set [api] listen, or name the API by --url.".to_owned();
+        return Err(Failure { message: "the admin API is off".into(), hint: Some(hint) });
+    }
+    let base = url.unwrap_or_else(|| format!("http://{}", api.listen));
+    let answer = health::ask("POST", &format!("{}/canary", base.trim_end_matches('/')), api.token.expose(), timeout)?;
+    let (text, safe) = control::canary_report(&answer, json)?;
+    print!("{text}");
+    Ok(if safe { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn audit(command: AuditCommand) -> Result<ExitCode, Failure> {

@@ -83,6 +83,7 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { name: "provision", many: false, about: &["How a tenant is made."], keys: PROVISION },
     Section { name: "guard", many: false, about: GUARD_ABOUT, keys: GUARD },
     Section { name: "audit", many: false, about: AUDIT_ABOUT, keys: AUDIT },
+    Section { name: "canary", many: false, about: CANARY_ABOUT, keys: CANARY },
     Section { name: "api", many: false, about: &["The admin HTTP API."], keys: API },
     Section { name: "metrics", many: false, about: &["Numbers for Prometheus."], keys: METRICS },
     Section { name: "log", many: false, about: &["Log lines, on standard error."], keys: LOG },
@@ -296,6 +297,16 @@ const AUDIT_ABOUT: &[&str] = &[
 const AUDIT: &[Key] = keys! { one audit:
     /// The file. There is no audit log unless this is set.
     file: Optional<File>, "\"/var/lib/pgusher/audit.log\"";
+};
+
+const CANARY_ABOUT: &[&str] = &[
+    "The canary: on every shard the proxy makes two throwaway tenants and has one attack the other, through its own",
+    "listener. `pgusher canary` runs it now. It makes and drops roles, schemas, and with plan \"database\" databases.",
+];
+
+const CANARY: &[Key] = keys! { one canary:
+    /// How often it runs by itself, "1h" for instance; 0 is never.
+    interval: Time;
 };
 
 const API: &[Key] = keys! { one api:

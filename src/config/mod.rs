@@ -30,7 +30,7 @@ use std::path::Path;
 pub use mistake::{ConfigErrors, Mistake, Place};
 pub use reference::reference;
 pub use sections::{
-    Api, Audit, Auth, AuthType, Catalog, Guard, GuardMode, Identify, Log, LogFormat, Metrics, Pool, PoolMode,
+    Api, Audit, Auth, AuthType, Canary, Catalog, Guard, GuardMode, Identify, Log, LogFormat, Metrics, Pool, PoolMode,
     Provision, Proxy, ShardConfig, Source, SslMode, Tls, User,
 };
 
@@ -59,6 +59,8 @@ pub struct Config {
     pub guard: Guard,
     /// `[audit]`
     pub audit: Audit,
+    /// `[canary]`
+    pub canary: Canary,
     /// `[api]`
     pub api: Api,
     /// `[metrics]`

@@ -248,6 +248,13 @@ pub struct Audit {
     pub file: Option<PathBuf>,
 }
 
+/// `[canary]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Canary {
+    /// How often it runs; zero is never.
+    pub interval: Duration,
+}
+
 /// `[api]`: the admin HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Api {

@@ -50,6 +50,7 @@ impl Control {
     /// What the server or the catalog said; `55000` if the names belong to a tenant.
     pub async fn adopt(&self, adoption: &Adoption, who: &str) -> Result<Adopted, PgError> {
         let Adoption { id, plan, .. } = adoption;
+        super::not_a_canary(id)?;
         let not_now = |message: String| PgError::error(sqlstate::NOT_IN_PREREQUISITE_STATE, message);
         if !adopt::is_possible(*plan) {
             return Err(not_now(format!("a tenant of plan \"{}\" cannot be adopted", plan.as_str()))
@@ -107,8 +108,8 @@ impl Control {
         let rest = provision.inside.iter().filter(|sql| !role.contains(*sql)).chain(&provision.seal);
         let fixes = findings.iter().filter_map(|finding| finding.sql.clone());
         let mut sql: Vec<String> = role.iter().cloned().chain(fixes).chain(rest.cloned()).collect();
-        if plan.setup(shard.databases(), self.config.provision.hardening).is_some_and(|s| s.outdated.is_some()) {
-            sql.push(Plan::harden(&home.database, id.as_str(), self.config.provision.hardening, &mark));
+        if plan.setup(shard.databases(), self.live().hardening).is_some_and(|s| s.outdated.is_some()) {
+            sql.push(Plan::harden(&home.database, id.as_str(), self.live().hardening, &mark));
         }
         let blocked = findings.iter().any(|finding| finding.weight == Weight::Blocks);
         let contradicts = findings.iter().any(|finding| finding.weight != Weight::Note);

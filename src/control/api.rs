@@ -8,6 +8,8 @@
 //! | `DELETE /tenant/{id}` | ends its sessions, drops its place, leaves a tombstone |
 //! | `GET /tenants?after=&limit=&deleted=` | pages of tenants in the order of their ids |
 //! | `GET /shards/status` | shards, their health and load |
+//! | `POST /canary` | two throwaway tenants per shard and plan attack each other; what came of it |
+//! | `GET /canary` | what came of the last run |
 //!
 //! With a token configured every call needs it. Without one the API answers on loopback only (the config sees to
 //! that) and not to web pages: they can make a browser send requests, but not without a foreign `Host` or an `Origin`.
@@ -62,6 +64,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/tenant/{id}/database-url", get(database_url))
         .route("/tenant/{id}/health", get(tenant_health))
         .route("/shards/status", get(shards_status))
+        .route("/canary", get(show_canary).post(run_canary))
         .fallback(|| async {
             Failure(StatusCode::NOT_FOUND, PgError::error(sqlstate::UNKNOWN_DATABASE, "no such call"))
         })
@@ -142,6 +145,14 @@ async fn list_tenants(
 
 async fn shards_status(State(control): State<Arc<Control>>) -> Json<Value> {
     Json(json!({ "shards": control.shards_status(), "catalog_connected": control.catalog_connected() }))
+}
+
+async fn run_canary(State(control): State<Arc<Control>>) -> Answer<Value> {
+    Ok(Json(json!({ "canary": control.run_canary(WHO).await? })))
+}
+
+async fn show_canary(State(control): State<Arc<Control>>) -> Json<Value> {
+    Json(json!({ "canary": control.canary_outcomes() }))
 }
 
 fn tenant_id(text: &str) -> Result<TenantId, Failure> {

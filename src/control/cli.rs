@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::adopt::Adoption;
+use super::canary::Outcome;
 use super::provision::Choice;
 use super::records::{ShardRecord, TenantRecord};
 use super::shared_tables::Conversion;
@@ -176,6 +177,38 @@ pub async fn tenant_adopt(config: &Config, adoption: &Adoption, json: bool) -> R
         false => writeln!(text, "-- with --fix this is run, and the tenant registered"),
     };
     Ok(text)
+}
+
+/// What the API says of the canary, for people or scripts, and whether nothing leaked and everything was tried.
+///
+/// # Errors
+/// That is not what it says.
+pub fn canary_report(answer: &str, json: bool) -> Result<(String, bool), serde_json::Error> {
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        canary: Vec<Outcome>,
+    }
+    let Answer { canary } = serde_json::from_str(answer)?;
+    let safe = canary.iter().all(|outcome| outcome.leaks.is_empty() && outcome.errors.is_empty());
+    if json {
+        return Ok((as_json(&canary), safe));
+    }
+    let row = |o: &Outcome| {
+        let [attacks, leaks, errors] = [o.attacks, o.leaks.len(), o.errors.len()].map(|n| n.to_string());
+        vec![o.shard.clone(), o.plan.clone(), attacks, leaks, errors]
+    };
+    let mut text = table(&["shard", "plan", "attacks", "leaks", "errors"], canary.iter().map(row).collect());
+    for outcome in &canary {
+        for (what, list) in [("LEAK", &outcome.leaks), ("error", &outcome.errors)] {
+            for line in list {
+                let _ = writeln!(text, "{what}: shard {}, plan {}: {line}", outcome.shard, outcome.plan);
+            }
+        }
+    }
+    if canary.is_empty() {
+        text += "there is no shard that tenants share\n";
+    }
+    Ok((text, safe))
 }
 
 /// Statements as a person reads them, and psql.

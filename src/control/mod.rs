@@ -8,6 +8,7 @@
 pub(crate) mod admin;
 pub mod adopt;
 pub mod api;
+pub mod canary;
 pub mod cli;
 mod delete;
 mod journal;
@@ -42,6 +43,7 @@ use crate::error::{PgError, sqlstate};
 use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::tenant::credential::Verifier;
+use crate::tenant::plan::Hardening;
 use crate::tenant::{Status, TenantId};
 use crate::tls::TlsError;
 
@@ -90,6 +92,21 @@ impl Traffic for NoTraffic {
     }
 }
 
+/// What a reload changes for the control plane, besides users and shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Live {
+    /// `[provision] hardening`
+    pub(crate) hardening: Hardening,
+    /// `[canary] interval`
+    pub(crate) canary_interval: Duration,
+}
+
+impl Live {
+    fn of(config: &Config) -> Self {
+        Self { hardening: config.provision.hardening, canary_interval: config.canary.interval }
+    }
+}
+
 /// Why the control plane did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -127,6 +144,9 @@ pub struct Control {
     probes: DashMap<String, tokio_postgres::Client>,
     /// The tenants with most storage, found when they were measured, so that a scrape need not look at all.
     largest: arc_swap::ArcSwap<Vec<(TenantId, u64)>>,
+    /// What a reload changes.
+    live: arc_swap::ArcSwap<Live>,
+    canary: canary::Cage,
     /// Bytes of each shard's database.
     sizes: DashMap<String, i64>,
     tasks: TaskTracker,
@@ -222,6 +242,7 @@ impl Control {
         let at = catalog_endpoint(&config)?;
         let catalog = AdminPool::new(connector.clone(), at, "the catalog".to_owned(), CATALOG_CONNECTIONS);
         let audit = journal::audit_of(&config);
+        let live = arc_swap::ArcSwap::from_pointee(Live::of(&config));
         Ok(Self {
             passwords: Passwords::new(&config),
             config,
@@ -238,6 +259,8 @@ impl Control {
             probes: DashMap::new(),
             largest: arc_swap::ArcSwap::default(),
             sizes: DashMap::new(),
+            live,
+            canary: canary::Cage::default(),
             tasks: TaskTracker::new(),
             shutdown,
         })
@@ -263,15 +286,41 @@ impl Control {
         self.largest.load_full()
     }
 
-    /// Takes over what a new config says about users and shards; the rest is for the next start.
+    /// Takes over what a new config says about users, shards, the grade of the grants and the canary; the rest is for
+    /// the next start.
     ///
     /// # Errors
-    /// The catalog is away: users are taken over, shards are not.
+    /// The catalog or a shard is away: users are taken over, shards or grants are not, and the janitor goes on trying.
     pub async fn reload(&self, config: &Config) -> Result<(), PgError> {
         put_config_users(config, &self.directory).await;
+        let (old, new) = (self.live(), Live::of(config));
+        self.live.store(Arc::new(new));
         self.register_config_shards(config).await?;
         self.sync().await;
+        if old.hardening != new.hardening {
+            // What was prepared was prepared for the other grade.
+            self.prepared.clear();
+            self.setup_shards().await?;
+            tracing::info!(hardening = new.hardening.as_str(), "the grants of all shards are of this grade now");
+        }
         Ok(())
+    }
+
+    /// What the last reload says.
+    pub(crate) fn live(&self) -> Live {
+        **self.live.load()
+    }
+
+    /// Sets up every shard that tenants share, all of them even if one fails.
+    async fn setup_shards(&self) -> Result<(), PgError> {
+        let mut failed = None;
+        for shard in self.directory.shards().iter().filter(|shard| shard.dedicated_to.is_none()) {
+            if let Err(error) = self.setup_plans(shard).await {
+                tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
+                failed.get_or_insert(error);
+            }
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Waits until the tasks have ended after the shutdown token was cancelled; creations and deletions under way
@@ -303,6 +352,7 @@ impl Control {
         if let Some(tenant) = self.directory.find(id.as_str()) {
             return Ok(tenant);
         }
+        not_a_canary(id)?;
         self.make(id, who, Wanted::ByConnecting).await?;
         self.sync().await;
         self.directory.find(id.as_str()).ok_or_else(|| {
@@ -372,14 +422,8 @@ impl Control {
     async fn tidy(self: Arc<Self>) {
         self.catalog.sweep();
         self.pools.iter().for_each(|pool| pool.sweep());
-        for shard in self.directory.shards() {
-            if shard.dedicated_to.is_some() {
-                continue;
-            }
-            if let Err(error) = self.setup_plans(&shard).await {
-                tracing::warn!(shard = shard.name, %error, "cannot set up the shard");
-            }
-        }
+        // What fails is logged, and tried again the next time.
+        let _ = self.setup_shards().await;
         let left = async {
             let catalog = self.catalog().await?;
             let after = self.config.provision.provision_timeout.as_secs_f64();
@@ -399,6 +443,16 @@ impl Control {
             }
         }
     }
+}
+
+/// Only the canary makes and keeps tenants of its names.
+fn not_a_canary(id: &TenantId) -> Result<(), PgError> {
+    if !id.is_canary() {
+        return Ok(());
+    }
+    Err(PgError::fatal(sqlstate::INVALID_PARAMETER_VALUE, format!("\"{id}\" is reserved"))
+        .detail("pgusher makes tenants of such names to attack itself, and removes them.")
+        .hint("Choose another id."))
 }
 
 /// What sessions of a changed tenant are told.

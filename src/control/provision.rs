@@ -378,7 +378,7 @@ impl Control {
             if !transaction.query_one(sql, &[]).await.map_err(&doing)?.get::<_, bool>(0) {
                 run_template(&transaction, OWNER, &plan.template_path("public"), &template).await?;
             }
-            let wanted = rls::Wanted { rows_to: None, hardening: self.config.provision.hardening };
+            let wanted = rls::Wanted { rows_to: None, hardening: self.live().hardening };
             let left = super::shared_tables::convert_all(&transaction, &[], wanted, true).await.map_err(|error| {
                 PgError { message: format!("database \"{database}\": {}", error.message), ..error }
                     .hint("See `pgusher rls convert --help`, or make the template so that its tables can be shared.")

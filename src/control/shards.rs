@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::Control;
-use super::admin::{AdminPool, failed};
+use super::admin::{Admin, AdminPool, failed};
 use super::records::{self, ShardRecord};
 use crate::config::{Config, ShardConfig};
 use crate::directory::catalog::create_database;
@@ -87,6 +87,7 @@ impl Control {
         let catalog = self.catalog().await?;
         for shard in &config.shards {
             let record = config_shard(shard);
+            check_dedication(&catalog, &record).await?;
             if record.put(&*catalog).await? {
                 let detail = json!({ "shard": record.name, "host": record.host, "port": record.port });
                 records::event(&*catalog, "config", "shard registered", None, &detail).await?;
@@ -114,6 +115,9 @@ impl Control {
         if let Some(id) = &record.dedicated_to {
             TenantId::parse(id).map_err(|e| PgError::error(sqlstate::INVALID_PARAMETER_VALUE, e.to_string()))?;
         }
+        let catalog = self.catalog().await?;
+        check_dedication(&catalog, record).await?;
+        catalog.give_back().await;
         let plan = self.config.provision.plan;
         let shard = super::known_shard(record, self.config.pool.max_db_connections);
         if shard.dedicated_to.is_some() || plan.wants_own_shard() {
@@ -200,7 +204,7 @@ impl Control {
 
     /// Sets the shard up for a plan unless this process knows that it is.
     pub(super) async fn ensure_setup(&self, shard: &Shard, plan: Plan) -> Result<(), PgError> {
-        let Some(setup) = plan.setup(shard.databases(), self.config.provision.hardening) else { return Ok(()) };
+        let Some(setup) = plan.setup(shard.databases(), self.live().hardening) else { return Ok(()) };
         let endpoint = admin_endpoint(&self.config, &shard.name, &shard.host, shard.port, &setup.database);
         let key = format!("{}:{}/{}", endpoint.host, endpoint.port, endpoint.database);
         if self.prepared.contains_key(&key) {
@@ -235,7 +239,7 @@ impl Control {
     /// The mark of a database that is set up now: which set-up was done, on which version of PostgreSQL (a newer one
     /// has new functions), to which grade. Without the letter-case or spaces that would make it hard to look for.
     pub(super) fn mark(&self, version: &str) -> String {
-        format!("setup {SETUP_VERSION} on {version} {}", self.config.provision.hardening.as_str())
+        format!("setup {SETUP_VERSION} on {version} {}", self.live().hardening.as_str())
     }
 
     pub(super) async fn setup(&self, shard: &str, endpoint: &Endpoint, setup: &Setup) -> Result<(), PgError> {
@@ -269,7 +273,7 @@ impl Control {
             for row in cluster.query(outdated, &[&mark]).await.map_err(&doing)? {
                 let (name, comment): (String, String) = (row.get(0), row.get(1));
                 let id = comment.split(' ').nth(2).unwrap_or_default();
-                let sql = Plan::harden(&name, id, self.config.provision.hardening, &mark);
+                let sql = Plan::harden(&name, id, self.live().hardening, &mark);
                 let hardened = async {
                     let client = self.connector.connect(&endpoint.database(&name)).await.map_err(unreachable)?;
                     client.batch_execute(&sql).await.map_err(&doing)
@@ -393,6 +397,24 @@ impl Control {
         self.largest.store(std::sync::Arc::new(largest));
         Ok(())
     }
+}
+
+/// A shard is for one tenant, perhaps a superuser on it, or for many: which of the two does not change while somebody
+/// lives there who was promised the other.
+async fn check_dedication(catalog: &Admin, record: &ShardRecord) -> Result<(), PgError> {
+    let sql = "SELECT id, plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted' \
+               AND CASE WHEN $2::text IS NULL THEN plan = 'cluster' ELSE plan <> 'cluster' OR id <> $2 END \
+               ORDER BY id LIMIT 1";
+    let found = catalog.query_opt(sql, &[&record.name, &record.dedicated_to]).await;
+    let Some(row) = found.map_err(failed("read the catalog"))? else { return Ok(()) };
+    let (id, plan): (&str, &str) = (row.get(0), row.get(1));
+    let wanted = match &record.dedicated_to {
+        Some(tenant) => format!("shard \"{}\" cannot be dedicated to tenant \"{tenant}\"", record.name),
+        None => format!("shard \"{}\" cannot be shared", record.name),
+    };
+    Err(PgError::fatal(sqlstate::NOT_IN_PREREQUISITE_STATE, wanted)
+        .detail(format!("Tenant \"{id}\" with plan \"{plan}\" lives on it."))
+        .hint("Delete the tenants that live there, or take another shard."))
 }
 
 /// What the config says of a shard.

@@ -45,7 +45,7 @@ impl Control {
         let transaction = client.transaction().await.map_err(&doing)?;
         transaction.batch_execute("SET LOCAL lock_timeout = '10s'").await.map_err(&doing)?;
         let role = conversion.default_tenant.as_ref().map(TenantId::as_str);
-        let wanted = Wanted { rows_to: role, hardening: self.config.provision.hardening };
+        let wanted = Wanted { rows_to: role, hardening: self.live().hardening };
         let sql = convert_all(&transaction, &conversion.tables, wanted, conversion.apply).await?;
         if conversion.apply {
             transaction.commit().await.map_err(&doing)?;
@@ -56,7 +56,7 @@ impl Control {
 
     async fn setup_shared(&self, shard: &Shard, database: &str) -> Result<(), PgError> {
         let databases = Databases { schemas: &shard.database, rows: database };
-        let Some(setup) = Plan::Rls.setup(databases, self.config.provision.hardening) else { return Ok(()) };
+        let Some(setup) = Plan::Rls.setup(databases, self.live().hardening) else { return Ok(()) };
         let endpoint = admin_endpoint(&self.config, &shard.name, &shard.host, shard.port, database);
         self.setup(&shard.name, &endpoint, &setup).await
     }

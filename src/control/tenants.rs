@@ -69,6 +69,7 @@ impl Control {
     /// # Errors
     /// What is told to whoever asked.
     pub async fn create(self: &Arc<Self>, id: &TenantId, who: &str, choice: Choice) -> Result<TenantRecord, PgError> {
+        super::not_a_canary(id)?;
         let plan = choice.plan;
         self.make(id, who, Wanted::ByOperator(choice)).await?;
         self.sync().await;
@@ -109,6 +110,7 @@ impl Control {
         who: &str,
         plan: Option<Plan>,
     ) -> Result<DatabaseUrl, PgError> {
+        super::not_a_canary(id)?;
         let (shard, schema, has) = match self.directory.find(id.as_str()) {
             Some(tenant) => (tenant.shard.name.clone(), tenant.schema().to_owned(), tenant.plan),
             None => {

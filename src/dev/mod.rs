@@ -27,7 +27,7 @@ use state::DataDir;
 /// What `pgusher dev` was asked for.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Number of PostgreSQL clusters
+    /// Number of PostgreSQL clusters; with plan "cluster" there is one more than tenants at least
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
     pub shards: u16,
     /// Tenants to make, separated by commas
@@ -122,9 +122,12 @@ pub async fn run(options: Options, config: Config, mut signals: Signals) -> Resu
         return Err(DevError::OwnShards);
     }
     let tenants = parse_tenants(&options.tenants)?;
-    let wanted = (options.data.clone(), options.shards);
+    // Each tenant has one to itself then, and the catalog the first one.
+    let own = if config.provision.plan.wants_own_shard() { tenants.len() + 1 } else { 0 };
+    let shards = options.shards.max(u16::try_from(own).unwrap_or(u16::MAX));
+    let wanted = (options.data.clone(), shards);
     let (data, clusters) = blocking(move || start_clusters(wanted.0.as_deref(), wanted.1)).await?;
-    let result = match overlay(config, &options, &data, &clusters) {
+    let result = match overlay(config, &options, &tenants, &data, &clusters) {
         Ok(config) => serve(&options, config, &tenants, &data, &clusters, &mut signals).await,
         Err(error) => Err(error),
     };
@@ -228,19 +231,28 @@ fn stop_clusters(clusters: Vec<Cluster>) {
 }
 
 /// Puts what `dev` decides over what the configuration says.
-fn overlay(mut config: Config, options: &Options, data: &DataDir, clusters: &[Cluster]) -> Result<Config, DevError> {
+fn overlay(
+    mut config: Config,
+    options: &Options,
+    tenants: &[TenantId],
+    data: &DataDir,
+    clusters: &[Cluster],
+) -> Result<Config, DevError> {
     let password = Secret::new(&data.state.postgres_password);
     // A number rather than 0: the API hands out DSNs with the port that the configuration names.
     config.proxy.listen_port = match options.port {
         0 => ports::pick().map_err(|source| DevError::Io { path: "127.0.0.1".into(), source })?,
         port => port,
     };
+    let own = config.provision.plan.wants_own_shard();
     config.shards = clusters
         .iter()
-        .map(|cluster| ShardConfig {
+        .enumerate()
+        .map(|(at, cluster)| ShardConfig {
             name: cluster.name.clone(),
             port: cluster.port,
             admin_password: password.clone(),
+            dedicated_to: at.checked_sub(1).and_then(|at| tenants.get(at)).filter(|_| own).map(TenantId::to_string),
             ..ShardConfig::default()
         })
         .collect();

@@ -148,7 +148,7 @@ pub struct AppUser {
 impl AppUser {
     /// Whether one of the user's patterns names this tenant. `*` stands for any run of characters.
     pub fn may_use(&self, id: &TenantId) -> bool {
-        self.tenants.iter().any(|pattern| matches(pattern, id.as_str()))
+        !id.is_canary() && self.tenants.iter().any(|pattern| matches(pattern, id.as_str()))
     }
 }
 

@@ -11,7 +11,9 @@ const MAX_QUIET: usize = 4 << 10;
 #[derive(Debug, Default)]
 pub struct Recent {
     bytes: Vec<u8>,
-    ends: Vec<usize>,
+    /// Where each message ends, and which group it belongs to.
+    ends: Vec<(usize, u32)>,
+    group: u32,
 }
 
 impl Recent {
@@ -34,7 +36,20 @@ impl Recent {
             self.ends.clear();
         }
         self.bytes.extend_from_slice(frame);
-        self.ends.push(self.bytes.len());
+        self.ends.push((self.bytes.len(), self.group));
+    }
+
+    /// What comes now is answered by itself: a Sync, or a Query, has ended what was said before.
+    #[inline]
+    pub fn end_group(&mut self) {
+        self.group = self.group.wrapping_add(1);
+    }
+
+    /// The `n`th message from the end and those of its group before it, the last one first.
+    pub fn group_of(&self, n: usize) -> impl Iterator<Item = &[u8]> {
+        let upto = (self.ends.len() + 1).saturating_sub(n.max(1));
+        let group = upto.checked_sub(1).and_then(|at| self.ends.get(at)).map(|end| end.1);
+        (0..upto).rev().take_while(move |at| self.ends.get(*at).map(|end| end.1) == group).filter_map(|at| self.get(at))
     }
 
     /// The `n`th message from the end; 1 is the last one.
@@ -42,14 +57,9 @@ impl Recent {
         self.get(self.ends.len().checked_sub(n.max(1))?)
     }
 
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        (0..self.ends.len()).filter_map(|at| self.get(at))
-    }
-
     fn get(&self, at: usize) -> Option<&[u8]> {
-        let start = at.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied())?;
-        self.bytes.get(start..*self.ends.get(at)?)
+        let start = at.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).map(|end| end.0))?;
+        self.bytes.get(start..self.ends.get(at)?.0)
     }
 }
 
@@ -68,9 +78,16 @@ mod tests {
         assert_eq!(recent.from_end(2), Some(&b""[..]));
         assert_eq!(recent.from_end(3), Some(&b"a"[..]));
         assert_eq!(recent.from_end(4), None);
-        assert_eq!(recent.iter().count(), 3);
+        recent.end_group();
+        recent.note(b"d");
+        recent.note(b"e");
+        let group = |n| recent.group_of(n).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        assert_eq!(group(1), [b"e".to_vec(), b"d".to_vec()]);
+        assert_eq!(group(2), [b"d".to_vec()]);
+        assert_eq!(group(3).len(), 3);
+        assert_eq!(group(6).len(), 0);
         recent.clear();
-        assert_eq!(recent.iter().count(), 0);
+        assert_eq!(recent.group_of(1).count(), 0);
     }
 
     #[test]

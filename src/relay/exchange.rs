@@ -332,13 +332,7 @@ impl Relay {
                 self.transaction_since.get_or_insert(now);
             }
             let seen = unseen.len().min(header.total);
-            if matches!(header.tag, b'Q' | b'P' | b'B' | b'F') && !self.session.is_skipping() {
-                let recent = &mut lease.conn().recent;
-                if self.session.owes_nothing() {
-                    recent.clear();
-                }
-                recent.note(&unseen[..seen]);
-            }
+            self.session.note(&unseen[..seen], &mut lease.conn().recent);
             let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
             let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);

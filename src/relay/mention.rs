@@ -6,8 +6,20 @@
 use super::lex::{Lex, Token, tokens};
 
 /// Words behind which a name without a dot is a role, a schema or a database.
-const BEFORE: &[&str] =
-    &["authorization", "by", "database", "for", "group", "owner", "role", "schema", "template", "to", "user"];
+const BEFORE: &[&str] = &[
+    "authorization",
+    "by",
+    "database",
+    "for",
+    "group",
+    "owner",
+    "role",
+    "schema",
+    "search_path",
+    "template",
+    "to",
+    "user",
+];
 /// Statements in which every name may be one.
 const ABOUT: &[&str] = &["grant", "reassign", "revoke", "set"];
 
@@ -28,7 +40,7 @@ fn statement_names(tokens: &[Token], is_tenant: &dyn Fn(&str) -> bool) -> bool {
         while start >= 2 && tokens[start - 1] == Token::Sign(b',') && !matches!(tokens[start - 2], Token::Sign(_)) {
             start -= 2;
         }
-        let before = tokens[..start].last();
+        let before = tokens[..start].iter().rev().find(|t| **t != Token::Sign(b'='));
         about || qualified || before.is_some_and(|t| BEFORE.iter().any(|word| t.is(word)))
     };
     tokens.iter().enumerate().any(|(at, token)| match token {
@@ -72,6 +84,7 @@ mod tests {
             ("SET search_path = U&\"client\\005F002\"", true),
             ("SET \"SEARCH_PATH\" = client_002", true),
             ("CREATE DATABASE stolen TEMPLATE client_002", true),
+            ("CREATE FUNCTION f() RETURNS int LANGUAGE sql SET search_path = client_002 AS 'SELECT 1'", true),
             ("DROP OWNED BY client_002", true),
             ("GRANT SELECT ON t TO client_002", true),
             ("SELECT 'new-york'", true),

@@ -20,6 +20,7 @@ use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
+use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
@@ -281,16 +282,26 @@ impl Session {
         self.copy_in || (mid_work && !self.owes_ready())
     }
 
-    /// Whether the server owes no answer.
+    /// Keeps what a client says until it is answered, before [`Session::on_client`].
     #[inline]
-    pub fn owes_nothing(&self) -> bool {
-        self.expects.is_empty()
-    }
-
-    /// Whether messages are skipped until the next Sync.
-    #[inline]
-    pub fn is_skipping(&self) -> bool {
-        self.failed
+    pub fn note(&self, frame: &[u8], recent: &mut Recent) {
+        match frame.first() {
+            Some(b'S') => recent.end_group(),
+            Some(b'Q' | b'P' | b'B' | b'F') if !self.failed => {
+                if self.expects.is_empty() {
+                    recent.clear();
+                }
+                let alone = matches!(frame.first(), Some(b'Q' | b'F'));
+                if alone {
+                    recent.end_group();
+                }
+                recent.note(frame);
+                if alone {
+                    recent.end_group();
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Which of the messages with a statement or its values the server is working on, counted from the last one, which

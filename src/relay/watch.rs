@@ -140,10 +140,10 @@ impl Refused<'_> {
         is_fatal
     }
 
-    /// Whether anything of what the server was working on names another tenant.
+    /// Whether what the server was working on names another tenant, or what came before it in the same group.
     fn names_another(&self, is_tenant: &dyn Fn(&str) -> bool) -> bool {
         let lex = self.guard.lex();
-        self.recent.iter().any(|message| match split(message) {
+        self.recent.group_of(self.session.statements_owed()).any(|message| match split(message) {
             Some(Said::Text(text)) => mention::in_sql(text, lex, is_tenant),
             Some(Said::Bind { statement, values }) => {
                 let text = self.session.text_of(statement).unwrap_or_default();

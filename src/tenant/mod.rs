@@ -19,6 +19,9 @@ pub use plan::Plan;
 /// The longest id: PostgreSQL's identifier limit (`NAMEDATALEN - 1`), so that the id can be a role and a schema.
 pub const MAX_ID_LEN: usize = 63;
 
+/// What the names of throwaway tenants begin with, which pgusher makes to attack itself. Nobody else can make one.
+pub const CANARY_PREFIX: &str = "pgusher_canary_";
+
 /// A tenant's name: `[a-z0-9_][a-z0-9_-]{0,62}`. Up to 24 bytes are kept in place, so that the usual one costs no
 /// allocation.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,10 +62,16 @@ impl TenantId {
         if let Some((_, c)) = text.char_indices().find(|&at| !allowed(at)) {
             return Err(InvalidTenantId::BadCharacter(c));
         }
-        if text.starts_with("pg_") || text.starts_with("pgusher_") || RESERVED.contains(&text) {
+        let ours = text.starts_with("pgusher_") && !text.starts_with(CANARY_PREFIX);
+        if text.starts_with("pg_") || ours || RESERVED.contains(&text) {
             return Err(InvalidTenantId::Reserved(text.to_owned()));
         }
         Ok(Self(text.into()))
+    }
+
+    /// Whether it is one of pgusher's throwaway tenants.
+    pub fn is_canary(&self) -> bool {
+        self.0.starts_with(CANARY_PREFIX)
     }
 
     /// The id as text.

@@ -431,9 +431,7 @@ impl Plan {
                 // no trigger runs.
                 let rows = format!(
                     "DECLARE found record; BEGIN SET LOCAL session_replication_role = replica; \
-                     FOR found IN SELECT p.polrelid::pg_catalog.regclass AS name FROM pg_catalog.pg_policy p \
-                     WHERE p.polname = '{POLICY}' \
-                     LOOP EXECUTE pg_catalog.format('DELETE FROM %s WHERE {TENANT_COLUMN} = %L', found.name, {}); \
+                     FOR found IN {SHARED_TABLES} LOOP EXECUTE pg_catalog.format('DELETE FROM %s WHERE {TENANT_COLUMN} = %L', found.name, {}); \
                      END LOOP; SET LOCAL session_replication_role = origin; END",
                     Literal(&home.role)
                 );
@@ -482,6 +480,12 @@ impl Plan {
     ];
 }
 
+/// The tables that tenants of plan `rls` share: those that belong to their owner. A tenant can give its own temporary
+/// table a policy of the same name, and a trigger that runs as whoever deletes from it.
+const SHARED_TABLES: &str = "SELECT c.oid::pg_catalog.regclass AS name FROM pg_catalog.pg_policy p \
+    JOIN pg_catalog.pg_class c ON c.oid = p.polrelid JOIN pg_catalog.pg_roles o ON o.oid = c.relowner \
+    WHERE p.polname = 'tenant_isolation' AND o.rolname = 'provisioner' AND c.relpersistence <> 't'";
+
 /// The right to delete rows is one to lock the whole table against everybody, so that `strict` does not give it.
 fn shared_deletes(hardening: Hardening) -> String {
     let change = match hardening {
@@ -489,9 +493,7 @@ fn shared_deletes(hardening: Hardening) -> String {
         Hardening::Strict => "REVOKE DELETE ON %s FROM app_tenants",
     };
     let body = format!(
-        "DECLARE found record; BEGIN FOR found IN SELECT p.polrelid::pg_catalog.regclass AS name \
-         FROM pg_catalog.pg_policy p WHERE p.polname = '{POLICY}' \
-         LOOP EXECUTE pg_catalog.format('{change}', found.name); END LOOP; END"
+        "DECLARE found record; BEGIN FOR found IN {SHARED_TABLES} LOOP EXECUTE pg_catalog.format('{change}', found.name); END LOOP; END"
     );
     format!("DO {};\n", Literal(&body))
 }

@@ -50,6 +50,8 @@ REVOKE UPDATE ON pg_catalog.pg_settings FROM PUBLIC;
 
 -- A key space of advisory locks per tenant, so that migration tools of two tenants do not wait for each other. The
 -- functions have the names of PostgreSQL's own, which were revoked above, and stand before them on a tenant's path.
+-- They run with the administrator's rights. So pg_temp stands on their path, last: where it does not stand, it comes first,
+-- and a tenant's temporary type `text` with a CHECK would run the tenant's code with those rights.
 CREATE SCHEMA IF NOT EXISTS tenant_shim;
 GRANT USAGE ON SCHEMA tenant_shim TO PUBLIC;
 
@@ -57,7 +59,7 @@ GRANT USAGE ON SCHEMA tenant_shim TO PUBLIC;
 -- Counting takes longer than locking, so it is done for one lock in 32, chosen by a generator that no setseed() guides;
 -- a tenant gets that much past the limit. Tenants cannot count: the functions below run it with their own rights.
 CREATE OR REPLACE FUNCTION tenant_shim.pgusher_bound_locks() RETURNS void LANGUAGE plpgsql VOLATILE
-  SET search_path = pg_catalog AS $f$
+  SET search_path = pg_catalog, pg_temp AS $f$
 DECLARE
   most bigint := greatest(64, current_setting('max_locks_per_transaction')::bigint
                               * current_setting('max_connections')::bigint / 16);
@@ -88,15 +90,15 @@ BEGIN
     WHERE p.pronamespace = 'pg_catalog'::pg_catalog.regnamespace AND p.proname ~ '^pg_(try_)?advisory_'
   LOOP
     key := CASE found.pronargs
-      WHEN 1 THEN 'pg_catalog.hashtextextended(session_user::text, $1)'
-      WHEN 2 THEN 'pg_catalog.hashtextextended(session_user::text || $1::text || '','' || $2::text, 1)'
+      WHEN 1 THEN 'pg_catalog.hashtextextended(session_user::pg_catalog.text, $1)'
+      WHEN 2 THEN 'pg_catalog.hashtextextended(session_user::pg_catalog.text || $1::pg_catalog.text || '','' || $2::pg_catalog.text, 1)'
       ELSE '' END;
     bound := CASE WHEN found.proname ~ 'unlock' THEN '' ELSE
       'SELECT tenant_shim.pgusher_bound_locks() '
       'WHERE pg_catalog.get_byte(pg_catalog.uuid_send(pg_catalog.gen_random_uuid()), 0) < 8; ' END;
     EXECUTE format(
       'CREATE OR REPLACE FUNCTION tenant_shim.%I(%s) RETURNS %s LANGUAGE sql VOLATILE SECURITY DEFINER '
-      'SET search_path = pg_catalog AS $f$ %sSELECT pg_catalog.%I(%s) $f$',
+      'SET search_path = pg_catalog, pg_temp AS $f$ %sSELECT pg_catalog.%I(%s) $f$',
       found.proname, found.arguments, found.returns, bound, found.proname, key);
   END LOOP;
 END $$;
@@ -104,5 +106,5 @@ END $$;
 -- How many session-level locks of its own a session holds, for the proxy, which asks as the tenant before it lends the
 -- connection to another client of that tenant. Transaction-level locks are gone by then.
 CREATE OR REPLACE FUNCTION tenant_shim.pgusher_held_locks() RETURNS bigint LANGUAGE sql VOLATILE SECURITY DEFINER
-  SET search_path = pg_catalog AS $f$
+  SET search_path = pg_catalog, pg_temp AS $f$
   SELECT count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid() $f$;

@@ -76,6 +76,7 @@ impl Dev {
         let log = dir.path().join("log");
         let mut command = Command::new(program);
         command
+            // Plan `cluster` makes more of them: one for each tenant, and one for the catalog.
             .args(["dev", "--json", "--port", "0", "--shards", "1", "--tenants", &TENANTS.join(",")])
             .arg("--config")
             .arg(&config);
