@@ -105,7 +105,9 @@ impl Relay {
             Poll::Ready(())
         })
         .await;
-        let residue = self.session.take_residue();
+        let mut residue = self.session.take_residue();
+        // What it is pinned for is still there, or is not: only the server knows.
+        residue.unknown |= self.pinned.is_some();
         let conn = lease.conn();
         let failed = |detail: String| {
             let text = "lost track of the session's state";

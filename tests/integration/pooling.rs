@@ -433,3 +433,25 @@ async fn different_startup_settings_share_a_full_pool() {
     futures_util::future::join_all(work).await;
     assert!(world.server_processes().await <= 2);
 }
+
+/// A client that is pinned stays pinned when it changes a setting, and the next one finds nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_does_not_end_a_pin() {
+    let world = world(PoolMode::Auto, |config| config.pool.default_pool_size = 2).await;
+    let mut client = world.raw("client_001").await;
+    client.query("CREATE TEMP TABLE scratch (a int)").await;
+    for setting in ["work_mem = '3MB'", "zz.q = 'mine'", "TimeZone = 'Asia/Tokyo'"] {
+        assert_eq!(show(&client.query(&format!("SET {setting}")).await), "C(SET) Z(I)");
+        let mut other = world.raw("client_001").await;
+        for _ in 0..3 {
+            let look = "SELECT to_regclass('pg_temp.scratch') IS NULL, coalesce(current_setting('zz.q', true), '')";
+            assert_eq!(show(&other.query(look).await), "D(t,) C(SELECT 1) Z(I)", "behind SET {setting}");
+            assert_eq!(show(&client.query("INSERT INTO scratch VALUES (1)").await), "C(INSERT 0 1) Z(I)", "{setting}");
+        }
+        other.terminate().await;
+    }
+    // And the pin ends with what it was for.
+    client.query("DISCARD TEMP").await;
+    world.metric_until("pgusher_pinned_clients{reason=\"temp\"}", 0.0).await;
+    assert_eq!(client.value("SHOW work_mem").await, "3MB");
+}
