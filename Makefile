@@ -8,6 +8,8 @@
 #   make test-api     the HTTP API by curl, and Prometheus
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
+#   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
+#   make bench-guard  what the guard costs, with it on and off in one run (release build)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -24,7 +26,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks fuzz bench-guard lint clean
 
 all: build
 
@@ -120,6 +122,21 @@ test-attacks:
 	  $(TARGET_DIR)/debug/examples/attack --corpus '$(CORPUS)' --plan $$plan --hardening $$grade --pool-mode $$mode \
 	    --guard $(GUARD) || failed=yes; \
 	done; done; done; [ -z "$$failed" ]
+
+# The inputs are in fuzz/seeds, one per line; what a run finds worth keeping is put there by
+# `cargo +nightly fuzz cmin TARGET` and `fuzz/corpora pack TARGET`.
+SECONDS ?= 600
+FUZZ    ?= startup framing scram_server scram_client guard
+
+fuzz:
+	fuzz/corpora unpack
+	cd fuzz && set -e && for target in $(FUZZ); do \
+	  $(CARGO) +nightly fuzz run --fuzz-dir . $$target -- -max_total_time=$(SECONDS) -timeout=10 -max_len=1500; \
+	done
+
+bench-guard:
+	$(CARGO) build --locked --release
+	benches/guard_cost.py --pgusher $(TARGET_DIR)/release/pgusher
 
 lint:
 	$(CARGO) fmt --check
