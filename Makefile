@@ -96,7 +96,7 @@ test-api:
 # With optimisations: the proxy under test is to be the bottleneck nowhere.
 test-full:
 	$(DEPS) build server
-	$(CARGO) test --locked --release --test integration -- --ignored --skip known_ --nocapture --test-threads 1
+	$(CARGO) test --locked --release --lib --test integration -- --ignored --skip known_ --nocapture --test-threads 1
 
 # 15 is Debian's package, the others are downloaded: see .ci/install-postgres.
 VERSIONS ?= 15 18

@@ -19,7 +19,7 @@ use pgusher::stream::{Buffers, Socket, Stream};
 use pgusher::wire::frame::{self, HEADER};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::Input;
+use super::Input;
 
 /// Longest message that is taken in whole.
 const MAX: usize = 4096;

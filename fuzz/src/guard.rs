@@ -8,11 +8,14 @@ use pgusher::relay::lex::{Lex, Token, tokens};
 use pgusher::relay::session::Session;
 use pgusher::relay::{scan, track};
 
-use crate::Input;
+use super::Input;
 
 /// Tenants are `client_000` to `client_999`; the one who speaks is `client_001`.
 fn is_tenant(name: &str) -> bool {
-    name.len() == 10 && name.starts_with("client_") && name[7..].bytes().all(|b| b.is_ascii_digit()) && name != "client_001"
+    name.len() == 10
+        && name.starts_with("client_")
+        && name[7..].bytes().all(|b| b.is_ascii_digit())
+        && name != "client_001"
 }
 
 fn is_name(name: &[u8]) -> bool {
@@ -23,7 +26,8 @@ fn is_name(name: &[u8]) -> bool {
 const END: &[u8] = b"\n;";
 
 /// Nothing, in many words.
-const NOTHING: [&[u8]; 5] = [b"/* ' /* \" */ $$ */", b"-- ' \" $$ /*\n", b" \t\r\n\x0b\x0c", b"-- \r", b"/**/--\n/* ; */ "];
+const NOTHING: [&[u8]; 5] =
+    [b"/* ' /* \" */ $$ */", b"-- ' \" $$ /*\n", b" \t\r\n\x0b\x0c", b"-- \r", b"/**/--\n/* ; */ "];
 
 /// See the module.
 pub fn run(data: &[u8]) {
@@ -83,7 +87,8 @@ fn behind(sql: &[u8], lex: Lex, neighbours: Neighbours) {
         let text = [sql, END, statement.as_bytes()].concat();
         let found = tokens(&text, lex);
         let alone = tokens(statement.as_bytes(), lex);
-        let apart = found.len() == count + 1 + alone.len() && found[count] == Token::Sign(b';') && found[count + 1..] == alone;
+        let apart =
+            found.len() == count + 1 + alone.len() && found[count] == Token::Sign(b';') && found[count + 1..] == alone;
         if apart && text.len() < 200 << 10 {
             noticed(&text, lex, neighbours, refused, sql.is_ascii() && !lex.backslashes);
         }

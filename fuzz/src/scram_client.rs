@@ -10,7 +10,7 @@ use pgusher::pool::scram::{MAX_ITERATIONS, Scram, ScramError};
 use pgusher::tenant::credential::hmac;
 use pgusher::wire::message::{self, Authentication};
 
-use crate::Input;
+use super::Input;
 
 const PASSWORD: &str = "right";
 
@@ -53,7 +53,13 @@ pub fn run(data: &[u8]) {
 }
 
 /// The same proof comes out of the keys alone.
-fn cached(keys: pgusher::pool::scram::CachedKeys, offered: &[&str], end_point: Option<&[u8]>, first: &[u8], said: &str) {
+fn cached(
+    keys: pgusher::pool::scram::CachedKeys,
+    offered: &[&str],
+    end_point: Option<&[u8]>,
+    first: &[u8],
+    said: &str,
+) {
     let scram = Scram::new(offered, "forgotten", Some(keys), end_point, "abc".to_owned()).expect("it is offered");
     let Ok((again, _)) = scram.respond(first) else { panic!("keys that fit are refused") };
     assert_eq!(again, said.as_bytes());

@@ -13,7 +13,7 @@ use pgusher::tenant::credential::{Verifier, hmac};
 use pgusher::wire::message::SaslInitialResponse;
 use sha2::{Digest as _, Sha256};
 
-use crate::Input;
+use super::Input;
 
 const PASSWORD: &str = "right";
 const SALT: &[u8] = b"0123456789abcdef";

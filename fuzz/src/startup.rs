@@ -10,7 +10,7 @@ use pgusher::tenant::identify::{Hello, Known, Login, Rules, Source, identify};
 use pgusher::wire::startup::{self, Startup, StartupMessage};
 use pgusher::wire::{CANCEL_KEY_LEN, MAX_STARTUP_BYTES, Version, message};
 
-use crate::Input;
+use super::Input;
 
 /// Application user `app` has two tenants, everything else nothing.
 struct World;
@@ -38,7 +38,8 @@ pub fn run(data: &[u8]) {
     let whole = talk(policy, bytes, bytes.len().max(1));
     let pieces = talk(policy, bytes, piece);
     // What follows an upgrade's request at once is another thing than what follows later; a session is a session.
-    if let (Some(Step::Session(_) | Step::Cancel(_)), false) = (&whole, bytes.get(4..8) == Some(&[4, 0xd2, 0x16, 0x2f])) {
+    if let (Some(Step::Session(_) | Step::Cancel(_)), false) = (&whole, bytes.get(4..8) == Some(&[4, 0xd2, 0x16, 0x2f]))
+    {
         assert_eq!(whole, pieces, "pieces of {piece}");
     }
     for step in [whole, pieces].into_iter().flatten() {
@@ -122,7 +123,8 @@ fn to_the_server(settings: &[(String, String)], application_name: Option<&str>) 
 
 fn identity(message: &StartupMessage, parameters: &ClientParameters, choices: u8) {
     let all = [Source::Username, Source::Options, Source::Sni, Source::Database, Source::ApplicationName];
-    let order: Vec<Source> = all.into_iter().enumerate().filter(|(at, _)| choices >> (at + 2) & 1 == 0).map(|(_, s)| s).collect();
+    let order: Vec<Source> =
+        all.into_iter().enumerate().filter(|(at, _)| choices >> (at + 2) & 1 == 0).map(|(_, s)| s).collect();
     let regex = (choices & 0x80 != 0).then_some("(?<user>[^:]*):(?<tenant>.*)");
     let Ok(rules) = Rules::new(order.clone(), regex, Some("db.example.com")) else { panic!("the rules are good") };
     let hello = Hello {

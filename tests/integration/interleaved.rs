@@ -196,7 +196,8 @@ impl Actor<'_> {
         let said = self.query(&sql).await;
         assert!(show(&said).ends_with("C(COMMIT) Z(I)"), "{}", show(&said));
         if self.arena.mode != PoolMode::Transaction {
-            let said = self.query(&format!("SELECT pg_advisory_lock_shared({key}), pg_advisory_unlock_shared({key})")).await;
+            let said =
+                self.query(&format!("SELECT pg_advisory_lock_shared({key}), pg_advisory_unlock_shared({key})")).await;
             assert!(show(&said).ends_with("C(SELECT 1) Z(I)"), "{}", show(&said));
         }
     }
@@ -333,9 +334,8 @@ async fn interleave(mode: PoolMode, count: usize) {
         lost: 0.into(),
         served: Mutex::default(),
     });
-    let actors: Vec<_> = (0..4)
-        .map(|at| tokio::spawn(act(arena.clone(), TENANTS[at % 2], seed.wrapping_add(at as u64))))
-        .collect();
+    let actors: Vec<_> =
+        (0..4).map(|at| tokio::spawn(act(arena.clone(), TENANTS[at % 2], seed.wrapping_add(at as u64)))).collect();
     for actor in actors {
         actor.await.unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
     }
