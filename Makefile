@@ -10,6 +10,7 @@
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
 #   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
 #   make bench-guard  what the guard costs, with it on and off in one run (release build)
+#   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -26,7 +27,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks fuzz bench-guard lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks fuzz bench bench-guard lint clean
 
 all: build
 
@@ -137,6 +138,14 @@ fuzz:
 bench-guard:
 	$(CARGO) build --locked --release
 	benches/guard_cost.py --pgusher $(TARGET_DIR)/release/pgusher
+
+# What the README's numbers come from. On a machine that does nothing else.
+BENCH ?=
+
+bench:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --release --bin pgusher
+	benches/pgbench.py $(BENCH)
 
 lint:
 	$(CARGO) fmt --check

@@ -63,6 +63,8 @@ impl Ward for Guard {
     }
 
     fn function_call_refused(&self) {}
+
+    fn remember(&self, _: &[u8], _: Lex) {}
 }
 
 /// One end of a connection: what is still to arrive, and what was sent.

@@ -430,7 +430,6 @@ impl Bench {
     ) -> (Client, tokio::io::DuplexStream) {
         let (near, far) = tokio::io::duplex(32 << 10);
         let signals = Arc::new(Signals::default());
-        let wait = signals.clone();
         let limit = if silence { SHORT } else { Duration::ZERO };
         let rules = Rules {
             pool_mode: mode,
@@ -440,19 +439,19 @@ impl Bench {
             max_packet_size: 1 << 20,
             client_idle_timeout: limit,
             idle_transaction_timeout: limit,
+            pin_timeout: limit,
             query_timeout: limit * 4,
             guard: GuardMode::Enforce,
         };
         let client = Client {
             id: 1,
             stream: stepping(Box::new(near), Side::Client, &self.points),
-            early: Vec::new(),
             tenant: lane.tenant.clone(),
             seen: lane.directory.version(),
             settings: self.settings.clone(),
             application_name: self.name.clone(),
             params,
-            key: self.cancels.issue(4, move || wait.cancel_wait()),
+            key: self.cancels.issue(4, signals.clone()),
             signals,
             stats: self.worker.metrics.tenant(lane.tenant.id.as_str()),
             rules: Arc::new(rules),
@@ -511,6 +510,13 @@ async fn play(mut socket: tokio::io::DuplexStream, steps: &[Do], key: Option<Can
     all
 }
 
+/// The relay, and how it ended.
+async fn serve(client: Client, worker: Arc<Worker>) -> End {
+    let mut how = End::Lost;
+    run(client, &[], worker, |end| how = end).await;
+    how
+}
+
 /// What came of a run.
 struct Run {
     /// Points that were passed; more than `due` if the fault has happened.
@@ -526,9 +532,9 @@ impl Lane {
         let bench = self.bench(due, silence);
         let params = if script.cold { Arc::default() } else { bench.warm().await };
         let (client, socket) = bench.client(self, params, mode, silence);
-        let (pid, secret) = (client.key.pid, client.key.secret.clone());
+        let (pid, secret) = (client.key.pid, client.key.entry.secret().into());
         bench.points.on.store(true, Ordering::Relaxed);
-        let relay = Box::pin(run(client, bench.worker.clone()));
+        let relay = Box::pin(serve(client, bench.worker.clone()));
         let key = (bench.cancels.clone(), pid, secret);
         let driven = self.drive(relay, &bench, fault, &key);
         tokio::join!(play(socket, &script.steps, Some(key.clone())), driven);
@@ -641,7 +647,7 @@ impl Lane {
             Do::Ready(2),
             messages(message::terminate),
         ];
-        let (seen, end) = tokio::join!(play(socket, &steps, None), run(client, bench.worker.clone()));
+        let (seen, end) = tokio::join!(play(socket, &steps, None), serve(client, bench.worker.clone()));
         assert!(matches!(end, End::Left), "the next client: {end:?}: {}", rows(&seen).escape_ascii());
         let rows = rows(&seen);
         assert!(self.fresh.is_empty() || rows == self.fresh, "the next client sees {}", rows.escape_ascii());
@@ -721,7 +727,7 @@ async fn lanes(count: usize) -> Option<(Cluster, Vec<Lane>)> {
             Do::Ready(2),
             messages(message::terminate),
         ];
-        let (seen, _) = tokio::join!(play(socket, &steps, None), run(client, bench.worker.clone()));
+        let (seen, _) = tokio::join!(play(socket, &steps, None), serve(client, bench.worker.clone()));
         lane.fresh = rows(&seen);
         assert!(lane.fresh.windows(6).any(|w| w == lane.tenant.id.as_str().as_bytes()), "{:?}", lane.fresh);
     }

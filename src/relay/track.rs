@@ -95,7 +95,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
     let Some(Token::Word(first)) = tokens.first() else {
         return if tokens.is_empty() { Residue::none() } else { Residue::anything() };
     };
-    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false };
+    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), ..Residue::none() };
     match first.as_str() {
         "set" => set(&tokens[1..]).unwrap_or_else(Residue::anything),
         "reset" => match &tokens[1..] {
@@ -116,7 +116,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
 /// What comes behind SET.
 fn set(tokens: &[Token<'_>]) -> Option<Residue> {
     let named =
-        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false });
+        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), ..Residue::none() });
     let words: Vec<&str> =
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
     match words.as_slice() {

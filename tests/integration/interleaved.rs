@@ -52,8 +52,16 @@ impl Actor<'_> {
 
     /// Sends a text with the tenant's mark, which the server logs with the user's name.
     async fn query(&mut self, sql: &str) -> Vec<Message> {
-        let messages = self.raw.query(&format!("/* of {} */ {sql}", self.tenant)).await;
+        let text = format!("/* of {} */ {sql}", self.tenant);
+        self.raw.compose(|b| b.query(&text)).await;
+        self.answer().await
+    }
+
+    /// What the server has to say, without the notifications among it, which may come at any time.
+    async fn answer(&mut self) -> Vec<Message> {
+        let mut messages = self.raw.until_ready().await;
         self.check(&messages);
+        messages.retain(|m| m.tag != b'A');
         messages
     }
 
@@ -172,8 +180,7 @@ impl Actor<'_> {
                 b.sync();
             })
             .await;
-        let said = self.raw.until_ready().await;
-        self.check(&said);
+        let said = self.answer().await;
         let parsed = if new { "1 " } else { "" };
         self.expect(&said, &format!("{parsed}2 D({name} of {me},{me},x) C(SELECT 1) Z(I)"));
     }
@@ -182,8 +189,7 @@ impl Actor<'_> {
     async fn notify(&mut self) {
         let me = self.tenant;
         self.query("LISTEN news").await;
-        let said = self.query(&format!("NOTIFY news, '{me}'")).await;
-        self.check(&said);
+        self.query(&format!("NOTIFY news, '{me}'")).await;
         if self.below(2) == 0 {
             self.query("UNLISTEN *").await;
         }
@@ -212,8 +218,7 @@ impl Actor<'_> {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             cancel(port, pid, &secret).await;
         };
-        let (said, ()) = tokio::join!(self.raw.until_ready(), request);
-        self.check(&said);
+        let (said, ()) = tokio::join!(self.answer(), request);
         let shown = show(&said);
         assert!(matches!(shown.as_str(), "D() C(SELECT 1) Z(I)" | "E(57014) Z(I)"), "{shown}");
         self.arena.cancelled.fetch_add(usize::from(shown.starts_with('E')), Ordering::Relaxed);

@@ -18,6 +18,7 @@ mod demo;
 mod drain;
 mod failures;
 mod interleaved;
+mod notify;
 mod pooling;
 mod provisioning;
 mod startup;

@@ -434,24 +434,32 @@ async fn different_startup_settings_share_a_full_pool() {
     assert!(world.server_processes().await <= 2);
 }
 
-/// A client that is pinned stays pinned when it changes a setting, and the next one finds nothing of it.
+/// A client that keeps its server connection and does nothing with it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_setting_does_not_end_a_pin() {
-    let world = world(PoolMode::Auto, |config| config.pool.default_pool_size = 2).await;
-    let mut client = world.raw("client_001").await;
-    client.query("CREATE TEMP TABLE scratch (a int)").await;
-    for setting in ["work_mem = '3MB'", "zz.q = 'mine'", "TimeZone = 'Asia/Tokyo'"] {
-        assert_eq!(show(&client.query(&format!("SET {setting}")).await), "C(SET) Z(I)");
-        let mut other = world.raw("client_001").await;
-        for _ in 0..3 {
-            let look = "SELECT to_regclass('pg_temp.scratch') IS NULL, coalesce(current_setting('zz.q', true), '')";
-            assert_eq!(show(&other.query(look).await), "D(t,) C(SELECT 1) Z(I)", "behind SET {setting}");
-            assert_eq!(show(&client.query("INSERT INTO scratch VALUES (1)").await), "C(INSERT 0 1) Z(I)", "{setting}");
-        }
-        other.terminate().await;
-    }
-    // And the pin ends with what it was for.
-    client.query("DISCARD TEMP").await;
-    world.metric_until("pgusher_pinned_clients{reason=\"temp\"}", 0.0).await;
-    assert_eq!(client.value("SHOW work_mem").await, "3MB");
+async fn an_idle_pinned_client_is_told_to_go_after_pin_timeout() {
+    let world = world(PoolMode::Auto, |config| config.pool.pin_timeout = Duration::from_millis(600)).await;
+    let (mut idle, mut free) = (world.raw("client_001").await, world.raw("client_001").await);
+    idle.query("CREATE TEMP TABLE t (a int)").await;
+    // In a transaction it is not idle in this sense, however long that takes.
+    idle.query("BEGIN").await;
+    idle.query("SELECT pg_sleep(1)").await;
+    assert_eq!(show(&idle.query("COMMIT").await), "C(COMMIT) Z(I)");
+    let error = idle.next().await.unwrap();
+    assert_eq!((error.code().as_str(), error.field(b'S').as_str()), ("57P05", "FATAL"));
+    assert!(error.field(b'D').contains("(temp)") && !error.field(b'H').is_empty(), "{error:?}");
+    assert!(idle.is_closed().await);
+    // Who keeps nothing may stay.
+    assert_eq!(free.value("SELECT 1").await, "1");
+}
+
+/// Settings say nothing about what else the session holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_client_stays_pinned_when_it_changes_a_setting() {
+    let world = world(PoolMode::Auto, |_| {}).await;
+    let (mut client, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    client.query("CREATE TEMP TABLE t AS SELECT 7 AS a").await;
+    client.query("SET work_mem = '1MB'").await;
+    // The server connection used last is the one that would be lent.
+    assert_eq!(other.value("SELECT count(*) FROM pg_class WHERE relpersistence = 't' AND relname = 't' AND pg_table_is_visible(oid)").await, "0");
+    assert_eq!(client.value("SELECT a FROM t").await, "7");
 }
