@@ -8,6 +8,8 @@
 #   make test-api     the HTTP API by curl, and Prometheus
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
+#   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
+#   make bench-guard  what the guard costs, with it on and off in one run (release build)
 #   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
 #   make lint         formatting, clippy, documentation
 #
@@ -25,7 +27,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks bench lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks fuzz bench bench-guard lint clean
 
 all: build
 
@@ -95,7 +97,7 @@ test-api:
 # With optimisations: the proxy under test is to be the bottleneck nowhere.
 test-full:
 	$(DEPS) build server
-	$(CARGO) test --locked --release --test integration -- --ignored --skip known_ --nocapture --test-threads 1
+	$(CARGO) test --locked --release --lib --test integration -- --ignored --skip known_ --nocapture --test-threads 1
 
 # 15 is Debian's package, the others are downloaded: see .ci/install-postgres.
 VERSIONS ?= 15 18
@@ -121,6 +123,21 @@ test-attacks:
 	  $(TARGET_DIR)/debug/examples/attack --corpus '$(CORPUS)' --plan $$plan --hardening $$grade --pool-mode $$mode \
 	    --guard $(GUARD) || failed=yes; \
 	done; done; done; [ -z "$$failed" ]
+
+# The inputs are in fuzz/seeds, one per line; what a run finds worth keeping is put there by
+# `cargo +nightly fuzz cmin TARGET` and `fuzz/corpora pack TARGET`.
+SECONDS ?= 600
+FUZZ    ?= startup framing scram_server scram_client guard
+
+fuzz:
+	fuzz/corpora unpack
+	cd fuzz && set -e && for target in $(FUZZ); do \
+	  $(CARGO) +nightly fuzz run --fuzz-dir . $$target -- -max_total_time=$(SECONDS) -timeout=10 -max_len=1500; \
+	done
+
+bench-guard:
+	$(CARGO) build --locked --release
+	benches/guard_cost.py --pgusher $(TARGET_DIR)/release/pgusher
 
 # What the README's numbers come from. On a machine that does nothing else.
 BENCH ?=

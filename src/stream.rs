@@ -20,9 +20,15 @@ pub enum Socket {
     Tcp(TcpStream),
     /// A Unix socket.
     Unix(UnixStream),
+    /// Anything else that carries bytes: how tests look at every single step.
+    Other(Box<dyn Duplex>),
     /// Between two runtimes, see [`Stream::detach`]; every use fails.
     Detached,
 }
+
+/// Both directions of something that is no socket.
+pub trait Duplex: AsyncRead + AsyncWrite + std::fmt::Debug + Send + Sync + Unpin {}
+impl<T: AsyncRead + AsyncWrite + std::fmt::Debug + Send + Sync + Unpin> Duplex for T {}
 
 /// A socket with or without TLS.
 #[derive(Debug)]
@@ -68,6 +74,7 @@ impl AsyncRead for Socket {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_read(cx, buf),
             Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Other(s) => Pin::new(s).poll_read(cx, buf),
             Self::Detached => Self::detached(),
         }
     }
@@ -78,6 +85,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_write(cx, buf),
             Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Other(s) => Pin::new(s).poll_write(cx, buf),
             Self::Detached => Self::detached(),
         }
     }
@@ -90,6 +98,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_shutdown(cx),
             Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Other(s) => Pin::new(s).poll_shutdown(cx),
             Self::Detached => Self::detached(),
         }
     }
@@ -134,7 +143,7 @@ impl Stream {
         matches!(self, Self::Tls(_))
     }
 
-    /// Whether a read may find something, without a buffer at hand. TLS cannot tell and says yes.
+    /// Whether a read may find something, without a buffer at hand. What is no plain socket cannot tell and says yes.
     ///
     /// Cancel safe; the task is woken when the answer changes.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -142,7 +151,7 @@ impl Stream {
             Self::Plain(Socket::Tcp(s)) => s.poll_read_ready(cx),
             Self::Plain(Socket::Unix(s)) => s.poll_read_ready(cx),
             Self::Plain(Socket::Detached) => Socket::detached(),
-            Self::Tls(_) => Poll::Ready(Ok(())),
+            Self::Plain(Socket::Other(_)) | Self::Tls(_) => Poll::Ready(Ok(())),
         }
     }
 
@@ -154,7 +163,9 @@ impl Stream {
             Self::Plain(Socket::Tcp(s)) => s.try_read(&mut byte),
             Self::Plain(Socket::Unix(s)) => s.try_read(&mut byte),
             Self::Plain(Socket::Detached) => return false,
-            Self::Tls(_) => return self.poll_fill(&mut Context::from_waker(Waker::noop()), &mut byte).is_pending(),
+            Self::Plain(Socket::Other(_)) | Self::Tls(_) => {
+                return self.poll_fill(&mut Context::from_waker(Waker::noop()), &mut byte).is_pending();
+            }
         };
         matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
@@ -284,7 +295,7 @@ impl Stream {
         let socket = match socket {
             Socket::Tcp(s) => DetachedSocket::Tcp(s.into_std()?),
             Socket::Unix(s) => DetachedSocket::Unix(s.into_std()?),
-            Socket::Detached => return Err(io::ErrorKind::NotConnected.into()),
+            Socket::Other(_) | Socket::Detached => return Err(io::ErrorKind::NotConnected.into()),
         };
         Ok(Detached { socket, tls })
     }

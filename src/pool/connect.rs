@@ -75,6 +75,10 @@ pub struct Dialer {
     tls: Arc<ClientTls>,
 }
 
+/// What a test puts around the sockets of server connections.
+#[cfg(test)]
+pub(crate) type Wrap = Arc<dyn Fn(Stream) -> Stream + Send + Sync>;
+
 /// Opens server connections.
 pub struct Connector {
     /// Longest time from dialling to the end of the login.
@@ -87,6 +91,8 @@ pub struct Connector {
     keys: DashMap<(String, Arc<str>), CachedKeys>,
     dialers: DashMap<String, Arc<Dialer>>,
     metrics: Arc<Metrics>,
+    #[cfg(test)]
+    pub(crate) wrap: Option<Wrap>,
 }
 
 /// Why a conversation with a server failed.
@@ -130,7 +136,17 @@ impl Connector {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (keys, dialers) = (DashMap::new(), DashMap::new());
-        Self { server_connect_timeout, server_lifetime, tls, passwords, keys, dialers, metrics }
+        Self {
+            server_connect_timeout,
+            server_lifetime,
+            tls,
+            passwords,
+            keys,
+            dialers,
+            metrics,
+            #[cfg(test)]
+            wrap: None,
+        }
     }
 
     fn dialer(&self, shard: &Arc<Shard>) -> Arc<Dialer> {
@@ -198,6 +214,10 @@ impl Connector {
         let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
         let mut stream = dialer.dial().await?;
+        #[cfg(test)]
+        if let Some(wrap) = &self.wrap {
+            stream = wrap(stream);
+        }
         let mut out = BytesMut::with_capacity(256);
         let ours = tenant.startup_settings();
         // Among the settings there is a database only where the plan lets clients choose it.

@@ -126,7 +126,8 @@ pub fn skip_space(sql: &[u8], mut at: usize) -> usize {
     }
 }
 
-fn line(rest: &[u8]) -> usize {
+/// Bytes up to the end of the line.
+pub(super) fn line(rest: &[u8]) -> usize {
     rest.iter().position(|&b| b == b'\n' || b == b'\r').unwrap_or(rest.len())
 }
 

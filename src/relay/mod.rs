@@ -4,6 +4,8 @@
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
 mod exchange;
+#[cfg(test)]
+mod faults;
 pub mod flow;
 pub mod guard;
 pub mod lex;

@@ -60,7 +60,7 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
         let rest = &sql[at..];
         match byte {
             b if lex::is_space(b) => at += 1,
-            b'-' if rest.starts_with(b"--") => at = lex::skip_space(sql, at),
+            b'-' if rest.starts_with(b"--") => at += lex::line(rest),
             b'/' if rest.starts_with(b"/*") => at = comment_end(sql, at)?,
             b'\'' | b'"' => {
                 let end = rest[1..].iter().position(|&b| b == byte)? + 1;
@@ -105,7 +105,7 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
 /// Where the comment ends; `None` if it does not.
 fn comment_end(sql: &[u8], at: usize) -> Option<usize> {
     let end = lex::comment_end(sql, at);
-    sql[..end].ends_with(b"*/").then_some(end)
+    sql[at + 2..end].ends_with(b"*/").then_some(end)
 }
 
 fn statement_residue(tokens: &[Token<'_>]) -> Residue {
@@ -242,6 +242,8 @@ mod tests {
             ("SELECT pg_catalog.set_config('search_path', '', false)", "search_path"),
             ("select set_config('a', $1, false), set_config('B', 'x', false)", "a b"),
             ("SET a = 1; SET b = 2; SELECT 1", "a b"),
+            ("-- x\rSET a = 1", "a"),
+            ("\x0b/* /* ' */ */SET\x0ba = 1", "a"),
             ("SET LOCAL a = 1", ""),
             ("set transaction read only; select count(*) from t", ""),
             ("declare c cursor for select 1", ""),
@@ -295,6 +297,7 @@ mod tests {
             "SELECT 1 INTO TEMP t",
             "SELECT \"f\"(1)",
             "PREPARE a AS SELECT 1",
+            "/*/",
             "SET",
             "SET x",
             "select s.set_config('a', 'b', false)",
