@@ -8,6 +8,9 @@
 #   make test-api     the HTTP API by curl, and Prometheus
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
+#   make test-model   random sessions direct and through auto, every answer compared (STATEMENTS=1000000 SEED=1 JOBS=2)
+#   make test-suites  other projects' own tests, direct and through auto (SUITES=psycopg2,asyncpg; downloads them)
+#   make test-webload a hundred clients that think, on a few server connections
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -24,7 +27,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload lint clean
 
 all: build
 
@@ -120,6 +123,30 @@ test-attacks:
 	  $(TARGET_DIR)/debug/examples/attack --corpus '$(CORPUS)' --plan $$plan --hardening $$grade --pool-mode $$mode \
 	    --guard $(GUARD) || failed=yes; \
 	done; done; done; [ -z "$$failed" ]
+
+# Prints its seed, and a failing case with as few steps as show it; CASE=<seed of a case> runs that one alone.
+STATEMENTS ?= 1000000
+SEED       ?=
+JOBS       ?= 2
+CASE       ?=
+
+test-model:
+	$(DEPS) build server
+	STATEMENTS=$(STATEMENTS) SEED=$(SEED) JOBS=$(JOBS) CASE=$(CASE) \
+	  $(CARGO) test --locked --test model -- --ignored --nocapture many_
+
+SUITES ?=
+comma  := ,
+
+test-suites:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/suites/run $(subst $(comma), ,$(SUITES))
+
+test-webload:
+	$(DEPS) build server clients
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/webload
 
 lint:
 	$(CARGO) fmt --check

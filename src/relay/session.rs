@@ -1079,11 +1079,7 @@ impl Session {
             _ => {}
         }
         match tag {
-            b"DISCARD ALL" | b"DEALLOCATE ALL" => {
-                self.named.clear();
-                self.by_sql.clear();
-                prepared.clear();
-            }
+            b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}
         }
         if matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && prepared.sequences_of == Some(self.client) {
@@ -1094,6 +1090,20 @@ impl Session {
             self.take();
         }
         Verdict::Forward
+    }
+
+    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    fn forget_all(&mut self, prepared: &mut Prepared) {
+        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
+        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
+        self.named = kept;
+        self.by_sql.clear();
+        prepared.clear();
+        for expect in &self.expects {
+            if let Expect::Parse(Some(undo)) = expect {
+                prepared.add(undo.statement.clone(), usize::MAX);
+            }
+        }
     }
 
     /// A statement about a name has been carried out.
@@ -1218,6 +1228,16 @@ impl Session {
 fn ends_by_itself(expect: &Expect) -> bool {
     use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
+}
+
+/// The name of the client's that a message gives a meaning to.
+fn prepares(expect: &Expect) -> Option<&[u8]> {
+    match expect {
+        Expect::Parse(Some(undo)) => Some(&undo.name),
+        Expect::OurParse(name) => Some(name),
+        Expect::Checked(name) => Some(name),
+        _ => None,
+    }
 }
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.
