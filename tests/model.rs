@@ -33,7 +33,8 @@ fn number(name: &str) -> Option<u64> {
 
 /// Runs cases until there were so many statements; returns how many differed.
 async fn run(statements: usize, seed: u64, jobs: usize) -> usize {
-    let (pair, done, wrong) = (Arc::new(Pair::start().await), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (pair, done, wrong) =
+        (Arc::new(Pair::start().await), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let most = number("FAILURES").map_or(3, |n| usize::try_from(n).unwrap());
     let job = async |job: usize| {
         let (pair, done, wrong) = (pair.clone(), done.clone(), wrong.clone());

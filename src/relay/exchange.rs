@@ -378,7 +378,11 @@ impl Relay {
                     if own_name {
                         self.down.swallow(header.total);
                         let name = self.client.application_name.clone();
-                        message::parameter_status(self.down.out(&self.worker.buffers), "application_name", name.as_bytes());
+                        message::parameter_status(
+                            self.down.out(&self.worker.buffers),
+                            "application_name",
+                            name.as_bytes(),
+                        );
                         self.client.params = self.client.params.with("application_name", &name);
                         continue;
                     }

@@ -924,7 +924,7 @@ impl Session {
         if !error.message.contains(&ours) {
             return false;
         }
-        error.message = error.message.replace(&ours, &format!("\"{name}\"")).into();
+        error.message = error.message.replace(&ours, &format!("\"{name}\""));
         message::error_response(out, &error);
         true
     }
@@ -994,16 +994,15 @@ impl Session {
                 Ok(Verdict::Forward)
             }
             b'Z' => self.ready(frame),
-            b'C' => {
-                Ok(self.complete(frame, prepared))
-            }
+            b'C' => Ok(self.complete(frame, prepared)),
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute(_))) {
                     self.take();
                 }
                 Ok(Verdict::Forward)
             }
-            b'1' | b'2' | b'3' if matches!(self.expects.front(), Some(Expect::InjectedStep(tag)) if *tag == header.tag) => {
+            b'1' | b'2' | b'3' if matches!(self.expects.front(), Some(Expect::InjectedStep(tag)) if *tag == header.tag) =>
+            {
                 self.take();
                 Ok(Verdict::Swallow)
             }
@@ -1125,7 +1124,8 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
-        if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) = self.expects.front()
+        if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
+            self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
         {
             // "cached plan must not change result type": a table has changed under it. On a server the client would

@@ -35,8 +35,8 @@ fn statement_residue(tokens: &[Token]) -> Residue {
     let named = Residue::named;
     let frees = Residue { frees: true, ..Residue::none() };
     match first.as_str() {
-        "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release" | "show" | "fetch" | "move"
-        | "lock" => Residue::none(),
+        "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release" | "show" | "fetch"
+        | "move" | "lock" => Residue::none(),
         "drop" | "close" | "unlisten" | "deallocate" => frees,
         "discard" => match tokens.get(1) {
             Some(what) if what.is("plans") => Residue::none(),
@@ -191,8 +191,14 @@ mod tests {
             assert!(!residue.unknown && residue.settings.is_empty(), "{sql}");
             assert_eq!((residue.resets, residue.frees), (expect_resets, expect_frees), "{sql}");
         }
-        assert!(look(b"select setseed(0.5)", Lex::default()).seeds && look(b"set seed to 1", Lex::default()).seeds && look(b"select $$$$, setseed(1)", Lex::default()).seeds);
-        assert!(look(b"select currval('a')", Lex::default()).asks && look(b"select my(LastVal())", Lex::default()).asks);
+        assert!(
+            look(b"select setseed(0.5)", Lex::default()).seeds
+                && look(b"set seed to 1", Lex::default()).seeds
+                && look(b"select $$$$, setseed(1)", Lex::default()).seeds
+        );
+        assert!(
+            look(b"select currval('a')", Lex::default()).asks && look(b"select my(LastVal())", Lex::default()).asks
+        );
     }
 
     #[test]

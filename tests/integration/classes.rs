@@ -34,7 +34,9 @@ async fn class_01_the_process_id_is_stable_fits_and_cancels_the_right_client() {
     let mut two = world.raw("client_001").await;
     assert!(one.pid > 0 && two.pid > 0 && one.pid != two.pid);
     one.compose(|b| b.query("SELECT pg_sleep(30)")).await;
-    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%sleep%' AND pid <> pg_backend_pid()", 1).await;
+    world
+        .admin_until("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%sleep%' AND pid <> pg_backend_pid()", 1)
+        .await;
     crate::raw::cancel(world.port, one.pid, &one.secret).await;
     assert!(show(&one.until_ready().await).contains("E(57014)"));
     assert_eq!(two.value("SELECT 1").await, "1");
@@ -127,7 +129,9 @@ async fn class_07_a_cancel_whose_sender_leaves_at_once_is_carried_out() {
     let world = world().await;
     let mut client = world.raw("client_001").await;
     client.compose(|b| b.query("SELECT pg_sleep(30)")).await;
-    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%sleep%' AND pid <> pg_backend_pid()", 1).await;
+    world
+        .admin_until("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%sleep%' AND pid <> pg_backend_pid()", 1)
+        .await;
     let mut packet = u32::try_from(12 + client.secret.len()).unwrap().to_be_bytes().to_vec();
     packet.extend(80_877_102_u32.to_be_bytes());
     packet.extend(client.pid.to_be_bytes());
@@ -168,22 +172,24 @@ async fn class_10_prepared_names_of_several_clients_do_not_collide() {
     let mut clients = Vec::new();
     for n in 0..5 {
         let mut client = world.raw("client_001").await;
-        client.compose(|b| {
-            b.parse("s", &format!("SELECT {n} + $1::int"));
-            b.sync();
-        })
-        .await;
+        client
+            .compose(|b| {
+                b.parse("s", &format!("SELECT {n} + $1::int"));
+                b.sync();
+            })
+            .await;
         assert_eq!(show(&client.until_ready().await), "1 Z(I)");
         clients.push(client);
     }
     for round in 0..3 {
         for (n, client) in clients.iter_mut().enumerate() {
-            client.compose(|b| {
-                b.bind("", "s", &["10"]);
-                b.execute("");
-                b.sync();
-            })
-            .await;
+            client
+                .compose(|b| {
+                    b.bind("", "s", &["10"]);
+                    b.execute("");
+                    b.sync();
+                })
+                .await;
             assert_eq!(show(&client.until_ready().await), format!("2 D({}) C(SELECT 1) Z(I)", 10 + n), "{round}");
         }
     }
@@ -203,14 +209,15 @@ async fn class_10_what_sql_prepares_is_there_for_the_protocol() {
     let world = world().await;
     let mut client = world.raw("client_001").await;
     client.query("PREPARE p AS SELECT 7").await;
-    client.compose(|b| {
-        b.bind("", "p", &[]);
-        b.execute("");
-        b.close(b'S', "p");
-        b.bind("", "p", &[]);
-        b.sync();
-    })
-    .await;
+    client
+        .compose(|b| {
+            b.bind("", "p", &[]);
+            b.execute("");
+            b.close(b'S', "p");
+            b.bind("", "p", &[]);
+            b.sync();
+        })
+        .await;
     assert_eq!(show(&client.until_ready().await), "2 D(7) C(SELECT 1) 3 E(26000) Z(I)");
     world.metric_until("pgusher_pinned_clients{reason=\"prepare\"}", 0.0).await;
 }
@@ -220,20 +227,22 @@ async fn class_11_a_statement_lives_from_one_sync_to_the_next() {
     let world = world().await;
     let mut client = world.raw("client_001").await;
     for name in ["", "n"] {
-        client.compose(|b| {
-            b.parse(name, "SELECT set_config('app.who', $1, false)");
-            b.describe(b'S', name);
-            b.sync();
-        })
-        .await;
+        client
+            .compose(|b| {
+                b.parse(name, "SELECT set_config('app.who', $1, false)");
+                b.describe(b'S', name);
+                b.sync();
+            })
+            .await;
         client.until_ready().await;
         others(&world).await;
-        client.compose(|b| {
-            b.bind("", name, &[&format!("me{name}")]);
-            b.execute("");
-            b.sync();
-        })
-        .await;
+        client
+            .compose(|b| {
+                b.bind("", name, &[&format!("me{name}")]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
         client.until_ready().await;
         others(&world).await;
         assert_eq!(client.value("SHOW app.who").await, format!("me{name}"));
@@ -320,7 +329,8 @@ async fn class_14_idle_connections_do_not_stand_in_the_way_of_databases() {
     let admin = world.cluster().admin("postgres").await;
     admin.batch_execute("CREATE DATABASE more").await.unwrap();
     admin.batch_execute("DROP DATABASE more").await.unwrap();
-    let idle = "SELECT count(*) FROM pg_stat_activity WHERE datname IN ('template1', 'postgres') AND usename LIKE 'client%'";
+    let idle =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname IN ('template1', 'postgres') AND usename LIKE 'client%'";
     assert_eq!(world.admin_value(idle).await, 0);
 }
 
@@ -339,12 +349,13 @@ async fn class_15_a_changed_table_heals_as_it_does_on_a_server() {
     client.compose(prepare("a")).await;
     assert_eq!(show(&client.until_ready().await), "1 2 C(SELECT 0) Z(I)");
     client.query("ALTER TABLE things ADD COLUMN more int").await;
-    client.compose(|b| {
-        b.bind("", "a", &[]);
-        b.execute("");
-        b.sync();
-    })
-    .await;
+    client
+        .compose(|b| {
+            b.bind("", "a", &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
     assert_eq!(show(&client.until_ready().await), "E(0A000) Z(I)");
     // What PgJDBC does then.
     client.compose(prepare("b")).await;

@@ -78,8 +78,10 @@ impl Pair {
     async fn reset(&self, tenant: &str) {
         for world in [&self.direct, &self.auto] {
             let admin = world.cluster().admin("tenants").await;
-            let mut sql = format!("SET search_path = \"{tenant}\"; TRUNCATE notes RESTART IDENTITY; \
-                SELECT setval('numbers', 1, false); SELECT setval('notes_id_seq', 1, false);");
+            let mut sql = format!(
+                "SET search_path = \"{tenant}\"; TRUNCATE notes RESTART IDENTITY; \
+                SELECT setval('numbers', 1, false); SELECT setval('notes_id_seq', 1, false);"
+            );
             for client in 0..CLIENTS {
                 sql.push_str(&format!("TRUNCATE own_{client}; INSERT INTO own_{client} VALUES (1, 'a'), (2, 'b');"));
             }

@@ -368,7 +368,11 @@ impl Script {
     fn setting(&mut self) -> String {
         let (name, values) = SETTINGS[self.dice.below(SETTINGS.len())];
         let value = self.dice.pick(values);
-        let text = if value.starts_with('\'') && !value.contains(", ") { value.to_owned() } else { format!("'{}'", value.replace('\'', "")) };
+        let text = if value.starts_with('\'') && !value.contains(", ") {
+            value.to_owned()
+        } else {
+            format!("'{}'", value.replace('\'', ""))
+        };
         match self.dice.below(14) {
             0..4 => format!("SET {name} = {value}"),
             4 => format!("set session {name} TO {value}"),
@@ -378,8 +382,17 @@ impl Script {
             9 | 10 => format!("RESET {name}"),
             11 => format!("SET {name} TO DEFAULT"),
             12 => "SET TIME ZONE 'Europe/Oslo'".to_owned(),
-            _ => self.dice.pick(&["RESET ALL", "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
-                "/* c */ SET NAMES 'LATIN1'", "RESET TIME ZONE", "SET SCHEMA 'public'", "reset all"]).to_owned(),
+            _ => self
+                .dice
+                .pick(&[
+                    "RESET ALL",
+                    "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+                    "/* c */ SET NAMES 'LATIN1'",
+                    "RESET TIME ZONE",
+                    "SET SCHEMA 'public'",
+                    "reset all",
+                ])
+                .to_owned(),
         }
     }
 
@@ -390,7 +403,8 @@ impl Script {
         match self.dice.below(6) {
             0 if !name.contains('.') => format!("SHOW {name}"),
             1 if !name.contains('.') => format!("SELECT current_setting('{name}')"),
-            2 => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '1 day 2 hours'::interval, 1.1::float8, '\\x41'::bytea".to_owned(),
+            2 => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '1 day 2 hours'::interval, 1.1::float8, '\\x41'::bytea"
+                .to_owned(),
             3 => HELD.to_owned(),
             _ => DIGEST.to_owned(),
         }
@@ -432,7 +446,9 @@ impl Script {
     }
 
     fn mistake(&mut self) -> String {
-        self.dice.pick(&["SELECT 1/0", "SELEKT", "SELECT * FROM no_such_table", "SELECT no_such_column", "SELECT", ""]).to_owned()
+        self.dice
+            .pick(&["SELECT 1/0", "SELEKT", "SELECT * FROM no_such_table", "SELECT no_such_column", "SELECT", ""])
+            .to_owned()
     }
 
     fn temporary(&mut self) -> (String, Effect) {
