@@ -11,6 +11,9 @@
 #   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
 #   make bench-guard  what the guard costs, with it on and off in one run (release build)
 #   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
+#   make test-model   random sessions direct and through auto, every answer compared (STATEMENTS=1000000 SEED=1 JOBS=2)
+#   make test-suites  other projects' own tests, direct and through auto (SUITES=psycopg2,asyncpg; downloads them)
+#   make test-webload a hundred clients that think, on a few server connections
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -27,7 +30,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks fuzz bench bench-guard lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload fuzz bench bench-guard lint clean
 
 all: build
 
@@ -146,6 +149,30 @@ bench:
 	$(DEPS) build server tools
 	$(CARGO) build --locked --release --bin pgusher
 	benches/pgbench.py $(BENCH)
+
+# Prints its seed, and a failing case with as few steps as show it; CASE=<seed of a case> runs that one alone.
+STATEMENTS ?= 1000000
+SEED       ?=
+JOBS       ?= 2
+CASE       ?=
+
+test-model:
+	$(DEPS) build server
+	STATEMENTS=$(STATEMENTS) SEED=$(SEED) JOBS=$(JOBS) CASE=$(CASE) \
+	  $(CARGO) test --locked --test model -- --ignored --nocapture many_
+
+SUITES ?=
+comma  := ,
+
+test-suites:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/suites/run $(subst $(comma), ,$(SUITES))
+
+test-webload:
+	$(DEPS) build server clients
+	$(CARGO) build --locked --profile $(PROFILE)
+	tests/clients/webload
 
 lint:
 	$(CARGO) fmt --check

@@ -70,7 +70,7 @@ struct Reading {
 fn read(sql: &[u8], lex: Lex, neighbours: Neighbours) -> Reading {
     let seen = scan::look(&lex.narrow(sql), lex, is_name);
     let seat = Seat { role: "client_001", neighbours, is_tenant: &is_tenant };
-    let residue = track::look(sql);
+    let residue = track::look(sql, lex);
     Reading {
         seen,
         leaves_state: scan::leaves_state(sql),

@@ -3,7 +3,7 @@
 //! Invariant: a prepared name never resolves to another statement; identity is the full text and the parameter types,
 //! compared whole. A registry belongs to one tenant's pool, so statements never cross tenants.
 
-use std::borrow::Borrow;
+use std::borrow::{Borrow, Cow};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,6 +24,8 @@ pub struct Statement {
     pub name: Box<[u8]>,
     /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
     pub body: Box<[u8]>,
+    /// The body, behind it the `search_path` that it was prepared under, if that is not the tenant's.
+    key: Box<[u8]>,
     /// What running it may leave behind in the session.
     pub residue: Residue,
     /// Whether a server has accepted it.
@@ -37,7 +39,7 @@ struct ByBody(Arc<Statement>);
 
 impl PartialEq for ByBody {
     fn eq(&self, other: &Self) -> bool {
-        self.0.body == other.0.body
+        self.0.key == other.0.key
     }
 }
 
@@ -45,13 +47,13 @@ impl Eq for ByBody {}
 
 impl Hash for ByBody {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.body.hash(state);
+        self.0.key.hash(state);
     }
 }
 
 impl Borrow<[u8]> for ByBody {
     fn borrow(&self) -> &[u8] {
-        &self.0.body
+        &self.0.key
     }
 }
 
@@ -60,6 +62,10 @@ impl Borrow<[u8]> for ByBody {
 pub struct Registry {
     next: Arc<AtomicU64>,
     known: Mutex<HashSet<ByBody>>,
+}
+
+fn key<'a>(scope: &str, body: &'a [u8]) -> Cow<'a, [u8]> {
+    if scope.is_empty() { Cow::Borrowed(body) } else { Cow::Owned([body, scope.as_bytes()].concat()) }
 }
 
 /// Known statements above which those that no client holds are forgotten.
@@ -72,29 +78,30 @@ impl Registry {
         Self { next, known: Mutex::default() }
     }
 
-    /// The statement with this body, if a server has accepted it before.
-    pub fn accepted(&self, body: &[u8]) -> Option<Arc<Statement>> {
+    /// The statement with this body under this `search_path`, if a server has accepted it before.
+    pub fn accepted(&self, scope: &str, body: &[u8]) -> Option<Arc<Statement>> {
         let known = self.known.lock();
         let usable = |s: &Arc<Statement>| s.accepted.load(Ordering::Relaxed) && !s.outdated.load(Ordering::Relaxed);
-        known.get(body).map(|ByBody(statement)| statement.clone()).filter(usable)
+        known.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
     /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new.
-    pub fn intern(&self, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
+    pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
+        let key = key(scope, body);
         let mut known = self.known.lock();
-        if let Some(ByBody(statement)) = known.get(body) {
+        if let Some(ByBody(statement)) = known.get(&*key) {
             if !statement.outdated.load(Ordering::Relaxed) {
                 return statement.clone();
             }
-            known.remove(body);
+            known.remove(&*key);
         }
         if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
             known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let (body, residue) = (body.into(), residue());
-        let statement = Statement { id, name, body, residue, accepted: false.into(), outdated: false.into() };
+        let (body, key, residue) = (body.into(), key.into(), residue());
+        let statement = Statement { id, name, body, key, residue, accepted: false.into(), outdated: false.into() };
         let statement = Arc::new(statement);
         known.insert(ByBody(statement.clone()));
         statement
@@ -200,9 +207,9 @@ mod tests {
     #[test]
     fn identity_is_text_and_types() {
         let registry = Registry::default();
-        let a = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", Residue::none);
-        let b = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x19", Residue::none);
-        let again = registry.intern(b"SELECT $1\0\0\x01\0\0\0\x17", Residue::anything);
+        let a = registry.intern("", b"SELECT $1\0\0\x01\0\0\0\x17", Residue::none);
+        let b = registry.intern("", b"SELECT $1\0\0\x01\0\0\0\x19", Residue::none);
+        let again = registry.intern("", b"SELECT $1\0\0\x01\0\0\0\x17", Residue::anything);
         assert_ne!(a.id, b.id);
         assert!(Arc::ptr_eq(&a, &again));
         assert_ne!(a.name, b.name);
@@ -211,21 +218,21 @@ mod tests {
     #[test]
     fn an_outdated_statement_is_not_given_out_again() {
         let registry = Registry::default();
-        let old = registry.intern(b"a\0\0\0", Residue::none);
+        let old = registry.intern("", b"a\0\0\0", Residue::none);
         old.accepted.store(true, Ordering::Relaxed);
         let mut prepared = Prepared::default();
         prepared.add(old.clone(), 2);
         prepared.outdate(old.id);
-        assert!(registry.accepted(b"a\0\0\0").is_none());
-        let new = registry.intern(b"a\0\0\0", Residue::none);
+        assert!(registry.accepted("", b"a\0\0\0").is_none());
+        let new = registry.intern("", b"a\0\0\0", Residue::none);
         assert_ne!(old.name, new.name);
-        assert!(Arc::ptr_eq(&new, &registry.intern(b"a\0\0\0", Residue::none)));
+        assert!(Arc::ptr_eq(&new, &registry.intern("", b"a\0\0\0", Residue::none)));
     }
 
     #[test]
     fn the_least_recently_used_is_closed() {
         let registry = Registry::default();
-        let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern(body, Residue::none));
+        let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern("", body, Residue::none));
         let mut prepared = Prepared::default();
         assert!(prepared.add(a.clone(), 2).is_none());
         assert!(prepared.add(b.clone(), 2).is_none());

@@ -15,6 +15,17 @@ use super::watch::{Guard, Refused, attempt};
 use super::*;
 use crate::metrics::PIN_REASONS;
 
+/// See [`Relay::adopt_params`].
+#[inline]
+fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> {
+    const NAME: &str = "application_name";
+    let own = &client.application_name;
+    if !own.is_empty() && client.params.get(NAME) == Some(own) && reported.get(NAME) == Some("") {
+        return pool.intern(reported.with(NAME, own));
+    }
+    reported.clone()
+}
+
 impl Relay {
     /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
     pub(super) async fn lend(&mut self, mut lease: Lease) -> Option<End> {
@@ -72,7 +83,8 @@ impl Relay {
     }
 
     fn give_back(&mut self, mut lease: Lease) {
-        let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !self.is_doubled();
+        let untidy = self.session.take_untidy();
+        let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !self.is_doubled() && !untidy;
         self.pin(None);
         if self.seeded {
             // Nothing makes a session's random numbers unpredictable again.
@@ -141,6 +153,7 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
+        self.session.set_scope(self.carried.get("search_path").map(|path| &**path));
         self.seeded |= residue.seeds;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
         // These two are not asked of the server: they come and go with what the client says.
@@ -186,14 +199,7 @@ impl Relay {
 
     /// What the server connection says of the client's settings, but for the name that the client has by resetting it.
     fn adopt_params(&mut self, lease: &mut Lease) {
-        let own = &self.client.application_name;
-        let is_own = self.client.params.get("application_name") == Some(own);
-        let params = lease.conn().params.clone();
-        self.client.params = if is_own && params.get("application_name") == Some("") {
-            self.pool.intern(params.with("application_name", own))
-        } else {
-            params
-        };
+        self.client.params = adopted(&self.client, &self.pool, &lease.conn().params);
     }
 
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
@@ -425,8 +431,9 @@ impl Relay {
                     if let Err(error) = conn.note_parameter(&frame[HEADER..]) {
                         return Err(self.stranger(&error));
                     }
-                    self.client.params = conn.params.clone();
-                    if self.is_own_name_again(frame) {
+                    let own_name = self.is_own_name_again(frame);
+                    self.client.params = adopted(&self.client, &self.pool, &lease.conn().params);
+                    if own_name {
                         self.down.swallow(header.total);
                         let name = self.client.application_name.clone();
                         message::parameter_status(

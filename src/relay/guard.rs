@@ -507,7 +507,7 @@ pub fn fingerprint(sql: &[u8], lex: Lex) -> String {
         match token {
             Token::Word(word) => hash.update(word.as_bytes()),
             Token::Quoted(name) => hash.update(name.as_bytes()),
-            Token::Text(_) | Token::Number | Token::Parameter => hash.update(b"?"),
+            Token::Text(_) | Token::Number | Token::Parameter(_) => hash.update(b"?"),
             Token::Sign(sign) => hash.update([sign]),
         }
         hash.update(b" ");

@@ -193,8 +193,8 @@ pub enum Token {
     Text(String),
     /// A number.
     Number,
-    /// `$1`
-    Parameter,
+    /// `$1`; 0 if the number is too large.
+    Parameter(u16),
     /// Anything else, byte by byte.
     Sign(u8),
 }
@@ -243,7 +243,10 @@ fn token(sql: &[u8], at: usize, byte: u8, lex: Lex) -> (Token, usize) {
                 let tail = if sql[..end].ends_with(&sql[at..body]) && end >= 2 * body - at { body - at } else { 0 };
                 (Token::Text(text(&sql[body..end - tail])), end)
             }
-            None => (Token::Parameter, at + 1 + run(&sql[at + 1..], |b| b.is_ascii_digit())),
+            None => {
+                let end = at + 1 + run(&sql[at + 1..], |b| b.is_ascii_digit());
+                (Token::Parameter(text(&sql[at + 1..end]).parse().unwrap_or_default()), end)
+            }
         },
         b'0'..=b'9' => (Token::Number, at + run(&sql[at..], |b| b.is_ascii_digit() || b == b'.')),
         _ if begins_name(byte) => word(sql, at),
@@ -419,7 +422,7 @@ mod tests {
             Token::Quoted(name) => format!("<{name}>"),
             Token::Text(text) => format!("[{text}]"),
             Token::Number => "1".to_owned(),
-            Token::Parameter => "$".to_owned(),
+            Token::Parameter(_) => "$".to_owned(),
             Token::Sign(sign) => char::from(sign).to_string(),
         };
         tokens(sql, lex).into_iter().map(show).collect()

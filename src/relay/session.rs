@@ -85,7 +85,7 @@ fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
     let residue = |seen: scan::Seen| {
-        let mut residue = if seen.leaves_state { track::look(text) } else { Residue::none() };
+        let mut residue = if seen.leaves_state { track::look(text, ward.lex()) } else { Residue::none() };
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue
@@ -118,6 +118,10 @@ enum Expect {
     Describe(Option<Shared>),
     Execute(Events),
     Close,
+    /// A Parse of a name under which SQL has prepared something, as far as is known.
+    ParseBySql,
+    /// Of what SQL has prepared under this name.
+    CloseBySql(Box<[u8]>),
     /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
     Taken(Box<Taken>),
     /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
@@ -216,6 +220,10 @@ pub struct Session {
     bound: Events,
     /// The client has asked for the state of sequences before.
     asks: bool,
+    /// Something is on the server connection that only a reset takes away.
+    untidy: bool,
+    /// The client's `search_path`, if it has set one: the same text means something else under another.
+    scope: Box<str>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -261,6 +269,8 @@ impl Session {
             unnamed_serial: 0,
             bound: None,
             asks: false,
+            untidy: false,
+            scope: Box::default(),
         }
     }
 
@@ -341,6 +351,19 @@ impl Session {
     /// What may be left behind in the session; asked once, when the server connection goes back.
     pub fn take_residue(&mut self) -> Residue {
         std::mem::take(&mut self.residue)
+    }
+
+    /// Notes the client's `search_path`, if it has set one.
+    pub fn set_scope(&mut self, search_path: Option<&str>) {
+        let search_path = search_path.unwrap_or_default();
+        if *self.scope != *search_path {
+            self.scope = search_path.into();
+        }
+    }
+
+    /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
+    pub fn take_untidy(&mut self) -> bool {
+        std::mem::take(&mut self.untidy)
     }
 
     /// Whether a setting may have been reset since the server connection was lent.
@@ -632,27 +655,32 @@ impl Session {
         }
         if self.by_sql.contains(name) {
             // The server says that the name is taken, or that something else is wrong.
-            self.residue.unknown = true;
-            self.push_extended(Expect::Parse(None));
+            self.push_extended(Expect::ParseBySql);
             return Ok(Verdict::Forward);
         }
         if let Some((name, taken)) = self.named.get_key_value(name) {
             let (name, taken) = (name.clone(), taken.clone());
-            self.bring_one(&taken, max, link, out);
+            if !link.prepared.touch(taken.id) {
+                self.check(body, out);
+                let shown = String::from_utf8_lossy(&name);
+                let error = format!("prepared statement \"{shown}\" already exists");
+                return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+            }
             message::parse_with(out, &taken.name, body);
-            let statement = link.registry.intern(body, || residue);
+            let statement = link.registry.intern(&self.scope, body, || residue);
             self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
             return Ok(Verdict::Instead);
         }
-        let statement = link.registry.intern(body, || residue);
+        let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
-            if self.status == b'E' || self.expects.iter().any(ends_by_itself) {
-                // In an aborted transaction, or in what may be one by then, little can be prepared.
-                message::parse_with(out, CHECK, &statement.body);
+            if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
+                // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
+                // have a search_path of its own.
                 message::close(out, b'S', CHECK);
-                self.push_extended(Expect::Checked(name.into()));
+                message::parse_with(out, CHECK, &statement.body);
                 self.push_extended(Expect::InjectedStep(b'3'));
+                self.push_extended(Expect::Checked(name.into()));
                 return Ok(Verdict::Instead);
             }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -668,6 +696,15 @@ impl Session {
         let undo = ParseUndo { name: name.into(), statement };
         self.push_extended(Expect::Parse(Some(Box::new(undo))));
         Ok(Verdict::Replace)
+    }
+
+    /// Lets the server say what is wrong with a Parse, if anything is.
+    fn check(&mut self, body: &[u8], out: &mut BytesMut) {
+        message::close(out, b'S', CHECK);
+        message::parse_with(out, CHECK, body);
+        for answer in *b"31" {
+            self.push_extended(Expect::InjectedStep(answer));
+        }
     }
 
     fn parse_unnamed(
@@ -726,7 +763,7 @@ impl Session {
         if name.is_empty() || self.named.contains_key(name) || self.by_sql.contains(name) {
             return None;
         }
-        let statement = registry.accepted(body)?;
+        let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
         let text = body.split(|&b| b == 0).next().unwrap_or_default();
         if ward.looks() && see(text, ward).0.suspicious {
@@ -885,7 +922,7 @@ impl Session {
         }
         if header.tag == b'C' && self.by_sql.remove(name) {
             self.residue.frees = true;
-            self.push_extended(expect);
+            self.push_extended(Expect::CloseBySql(name.into()));
             return Ok(Verdict::Forward);
         }
         if header.tag == b'C' && !name.is_empty() {
@@ -1049,6 +1086,11 @@ impl Session {
                     Ok(Verdict::Forward)
                 }
                 Some(Expect::Checked(_)) => Ok(Verdict::Forward),
+                Some(Expect::ParseBySql) => {
+                    // It was gone. Now there is one under the client's own name, for nobody else to find.
+                    self.untidy = true;
+                    Ok(Verdict::Forward)
+                }
                 Some(Expect::Taken(taken)) => {
                     // The name became free in the same group of messages. What follows uses it as it is now on the server.
                     prepared.squat(taken.by.id);
@@ -1061,6 +1103,7 @@ impl Session {
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
             b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
+                Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
@@ -1107,11 +1150,7 @@ impl Session {
             _ => {}
         }
         match tag {
-            b"DISCARD ALL" | b"DEALLOCATE ALL" => {
-                self.named.clear();
-                self.by_sql.clear();
-                prepared.clear();
-            }
+            b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}
         }
         if matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && prepared.sequences_of == Some(self.client) {
@@ -1122,6 +1161,20 @@ impl Session {
             self.take();
         }
         Verdict::Forward
+    }
+
+    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    fn forget_all(&mut self, prepared: &mut Prepared) {
+        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
+        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
+        self.named = kept;
+        self.by_sql.clear();
+        prepared.clear();
+        for expect in &self.expects {
+            if let Expect::Parse(Some(undo)) = expect {
+                prepared.add(undo.statement.clone(), usize::MAX);
+            }
+        }
     }
 
     /// A statement about a name has been carried out.
@@ -1191,7 +1244,7 @@ impl Session {
             Expect::Parse(undo) => undo.is_some(),
             Expect::Query(events) | Expect::Execute(events) => events.is_some(),
             Expect::Injected(_) | Expect::InjectedClose | Expect::OurParse(_) | Expect::OurClose(_) => true,
-            Expect::Taken(_) | Expect::Checked(_) => true,
+            Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
         self.expects.iter().take(last + 1).any(in_doubt)
@@ -1215,6 +1268,7 @@ impl Session {
                 self.unnamed = None;
             }
             Expect::Injected(id) => prepared.remove(id),
+            Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
             Expect::Checked(name) => drop(self.named.remove(&name)),
             Expect::OurParse(name) => {
                 self.named.remove(&name[..]);
@@ -1246,6 +1300,16 @@ impl Session {
 fn ends_by_itself(expect: &Expect) -> bool {
     use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
+}
+
+/// The name of the client's that a message gives a meaning to.
+fn prepares(expect: &Expect) -> Option<&[u8]> {
+    match expect {
+        Expect::Parse(Some(undo)) => Some(&undo.name),
+        Expect::OurParse(name) => Some(name),
+        Expect::Checked(name) => Some(name),
+        _ => None,
+    }
 }
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.

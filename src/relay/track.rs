@@ -5,19 +5,14 @@
 //! server afterwards, which knows about rollbacks, savepoints and every spelling. Whatever else the text does is
 //! [`Residue::unknown`], and then the server is asked what it holds for the session.
 
-use super::lex;
+use super::lex::{self, Lex, Token};
 use crate::pool::residue::Residue;
 
 /// What running this text may leave behind.
-pub fn look(sql: &[u8]) -> Residue {
+pub fn look(sql: &[u8], lex: Lex) -> Residue {
     let mut residue = Residue::none();
-    match tokens(sql) {
-        Some(tokens) => {
-            for statement in tokens.split(|token| *token == Token::Symbol(b';')) {
-                residue.merge(&statement_residue(statement));
-            }
-        }
-        None => residue = Residue::anything(),
+    for statement in lex::tokens(sql, lex).split(|token| *token == Token::Sign(b';')) {
+        residue.merge(&statement_residue(statement));
     }
     if residue.unknown {
         // It can be anywhere in what was not understood.
@@ -33,82 +28,7 @@ fn mentions(sql: &[u8], word: &[u8]) -> bool {
     sql.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Token<'a> {
-    /// A word that is not quoted, in lower case.
-    Word(String),
-    /// A quoted identifier without special characters inside.
-    Name(&'a str),
-    /// A string literal without escapes.
-    Text(&'a str),
-    Number,
-    Parameter(u16),
-    Symbol(u8),
-}
-
-impl Token<'_> {
-    fn is(&self, word: &str) -> bool {
-        matches!(self, Self::Word(w) if w == word)
-    }
-}
-
-/// The text's tokens; `None` if it holds anything that is hard to read.
-fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
-    let mut tokens = Vec::new();
-    let mut at = 0;
-    while let Some(&byte) = sql.get(at) {
-        let rest = &sql[at..];
-        match byte {
-            b if lex::is_space(b) => at += 1,
-            b'-' if rest.starts_with(b"--") => at += lex::line(rest),
-            b'/' if rest.starts_with(b"/*") => at = comment_end(sql, at)?,
-            b'\'' | b'"' => {
-                let end = rest[1..].iter().position(|&b| b == byte)? + 1;
-                let body = std::str::from_utf8(&rest[1..end]).ok()?;
-                // An escape, or a literal that goes on behind the quote.
-                if body.contains('\\') || rest.get(end + 1) == Some(&byte) {
-                    return None;
-                }
-                tokens.push(if byte == b'"' { Token::Name(body) } else { Token::Text(body) });
-                at += end + 1;
-            }
-            b'$' if rest.get(1).is_some_and(u8::is_ascii_digit) => {
-                let end = 1 + rest[1..].iter().take_while(|b| b.is_ascii_digit()).count();
-                tokens.push(Token::Parameter(std::str::from_utf8(&rest[1..end]).ok()?.parse().ok()?));
-                at += end;
-            }
-            b'$' => return None,
-            b'0'..=b'9' => {
-                at += rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'.').count();
-                tokens.push(Token::Number);
-            }
-            b'a'..=b'z' | b'A'..=b'Z' | b'_' => {
-                let len = rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_' || **b == b'$').count();
-                let next = rest.get(len);
-                // E'…', U&'…', B'…', and words that go on beyond ASCII.
-                if next.is_some_and(|b| *b >= 0x80 || *b == b'\'') || (len == 1 && rest[1..].starts_with(b"&")) {
-                    return None;
-                }
-                tokens.push(Token::Word(std::str::from_utf8(&rest[..len]).ok()?.to_ascii_lowercase()));
-                at += len;
-            }
-            0x80.. => return None,
-            _ => {
-                tokens.push(Token::Symbol(byte));
-                at += 1;
-            }
-        }
-    }
-    Some(tokens)
-}
-
-/// Where the comment ends; `None` if it does not.
-fn comment_end(sql: &[u8], at: usize) -> Option<usize> {
-    let end = lex::comment_end(sql, at);
-    sql[at + 2..end].ends_with(b"*/").then_some(end)
-}
-
-fn statement_residue(tokens: &[Token<'_>]) -> Residue {
+fn statement_residue(tokens: &[Token]) -> Residue {
     let Some(Token::Word(first)) = tokens.first() else {
         return if tokens.is_empty() { Residue::none() } else { Residue::anything() };
     };
@@ -141,7 +61,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
 }
 
 /// What comes behind SET.
-fn set(tokens: &[Token<'_>]) -> Option<Residue> {
+fn set(tokens: &[Token]) -> Option<Residue> {
     let named = |names: &[&str]| Some(Residue::named(names));
     let words: Vec<&str> =
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
@@ -160,7 +80,7 @@ fn set(tokens: &[Token<'_>]) -> Option<Residue> {
         ["xml", "option", ..] => named(&["xmloption"]),
         _ => {
             let (name, rest) = setting_name(tokens)?;
-            let assigns = matches!(rest.first(), Some(Token::Symbol(b'=')))
+            let assigns = matches!(rest.first(), Some(Token::Sign(b'=')))
                 || rest.first().is_some_and(|t| t.is("to") || t.is("from"));
             if assigns { named(&[&name]) } else { None }
         }
@@ -168,15 +88,15 @@ fn set(tokens: &[Token<'_>]) -> Option<Residue> {
 }
 
 /// `name` or `prefix.name`, and what comes behind it.
-fn setting_name<'a, 'b>(tokens: &'b [Token<'a>]) -> Option<(String, &'b [Token<'a>])> {
-    let part = |token: &Token<'_>| match token {
+fn setting_name(tokens: &[Token]) -> Option<(String, &[Token])> {
+    let part = |token: &Token| match token {
         Token::Word(word) => Some(word.clone()),
-        Token::Name(name) => Some(name.to_ascii_lowercase()),
+        Token::Quoted(name) => Some(name.to_ascii_lowercase()),
         _ => None,
     };
     let mut name = part(tokens.first()?)?;
     let mut rest = &tokens[1..];
-    while let [Token::Symbol(b'.'), next, behind @ ..] = rest {
+    while let [Token::Sign(b'.'), next, behind @ ..] = rest {
         name = format!("{name}.{}", part(next)?);
         rest = behind;
     }
@@ -184,18 +104,18 @@ fn setting_name<'a, 'b>(tokens: &'b [Token<'a>]) -> Option<(String, &'b [Token<'
 }
 
 /// A statement that may call `set_config('name', …)`, and nothing else that is not known to be harmless.
-fn calls(tokens: &[Token<'_>]) -> Residue {
+fn calls(tokens: &[Token]) -> Residue {
     let mut residue = Residue::none();
     for (at, token) in tokens.iter().enumerate() {
         let Token::Word(word) = token else { continue };
         if word == "temp" || word == "temporary" || word.starts_with("pg_temp") {
             return Residue::anything();
         }
-        if tokens.get(at + 1) != Some(&Token::Symbol(b'(')) {
+        if tokens.get(at + 1) != Some(&Token::Sign(b'(')) {
             continue;
         }
         let behind_into = at > 0 && tokens[at - 1].is("into");
-        let qualified = at >= 2 && tokens[at - 1] == Token::Symbol(b'.');
+        let qualified = at >= 2 && tokens[at - 1] == Token::Sign(b'.');
         let in_catalog = qualified && tokens[at - 2].is("pg_catalog");
         match (word.as_str(), tokens.get(at + 2)) {
             ("set_config", Some(Token::Text(name))) if !qualified || in_catalog => {
@@ -215,7 +135,7 @@ fn calls(tokens: &[Token<'_>]) -> Residue {
         }
     }
     // A quoted name may be called as well.
-    let quoted_call = tokens.windows(2).any(|w| matches!(w, [Token::Name(_), Token::Symbol(b'(')]));
+    let quoted_call = tokens.windows(2).any(|w| matches!(w, [Token::Quoted(_), Token::Sign(b'(')]));
     if quoted_call && !tokens.iter().any(|t| t.is("into")) { Residue::anything() } else { residue }
 }
 
@@ -244,11 +164,13 @@ mod tests {
             ("SET a = 1; SET b = 2; SELECT 1", "a b"),
             ("-- x\rSET a = 1", "a"),
             ("\x0b/* /* ' */ */SET\x0ba = 1", "a"),
+            ("select set_config('a', 'b''s', false), set_config(E'c\\144', $$x$$, false)", "a cd"),
+            ("SET U&\"x\" = '\\'", "x"),
             ("SET LOCAL a = 1", ""),
             ("set transaction read only; select count(*) from t", ""),
             ("declare c cursor for select 1", ""),
         ] {
-            let residue = look(sql.as_bytes());
+            let residue = look(sql.as_bytes(), Lex::default());
             assert!(!residue.unknown, "{sql}");
             let found: Vec<&str> = residue.settings.iter().map(|s| &**s).collect();
             assert_eq!(found.join(" "), names, "{sql}");
@@ -267,16 +189,18 @@ mod tests {
             ("BEGIN; DROP TABLE t; COMMIT", frees),
             ("DISCARD PLANS", (false, false)),
         ] {
-            let residue = look(sql.as_bytes());
+            let residue = look(sql.as_bytes(), Lex::default());
             assert!(!residue.unknown && residue.settings.is_empty(), "{sql}");
             assert_eq!((residue.resets, residue.frees), (expect_resets, expect_frees), "{sql}");
         }
         assert!(
-            look(b"select setseed(0.5)").seeds
-                && look(b"set seed to 1").seeds
-                && look(b"select $$$$, setseed(1)").seeds
+            look(b"select setseed(0.5)", Lex::default()).seeds
+                && look(b"set seed to 1", Lex::default()).seeds
+                && look(b"select $$$$, setseed(1)", Lex::default()).seeds
         );
-        assert!(look(b"select currval('a')").asks && look(b"select my(LastVal())").asks);
+        assert!(
+            look(b"select currval('a')", Lex::default()).asks && look(b"select my(LastVal())", Lex::default()).asks
+        );
     }
 
     #[test]
@@ -287,9 +211,7 @@ mod tests {
             "RESET ROLE",
             "SELECT my_function()",
             "SELECT set_config(a, b, false) from t",
-            "SELECT set_config(E'a', 'b', false)",
             "SELECT 1; LISTEN a",
-            "SET U&\"x\" = 1",
             "DO $$ $$",
             "CALL p()",
             "LISTEN a",
@@ -302,11 +224,8 @@ mod tests {
             "SET x",
             "select s.set_config('a', 'b', false)",
             "declare c cursor with hold for select 1",
-            "SELECT 'a\\' || 'b'",
-            "/* ",
-            "'",
         ] {
-            assert!(look(sql.as_bytes()).unknown, "{sql}");
+            assert!(look(sql.as_bytes(), Lex::default()).unknown, "{sql}");
         }
     }
 }

@@ -352,14 +352,16 @@ async fn interleave(mode: PoolMode, count: usize) {
         assert!(world.admin_value(&format!("SELECT count(*) FROM {tenant}.marks")).await > 0);
     }
     let sessions = from_the_log(&cluster.log());
-    let served = arena.served.lock();
-    for (process, tenants) in served.iter() {
-        // Numbers of processes come again, in the end.
-        let lives = sessions.iter().filter(|session| session.ends_with(&format!(".{process}"))).count();
-        assert!((1..=lives).contains(&tenants.len()), "server process {process} served {tenants:?} in {lives} lives");
-    }
-    let (seen, sessions) = (served.len(), sessions.len());
-    drop(served);
+    let seen = {
+        let served = arena.served.lock();
+        for (process, tenants) in served.iter() {
+            // Numbers of processes come again, in the end.
+            let lives = sessions.iter().filter(|session| session.ends_with(&format!(".{process}"))).count();
+            assert!((1..=lives).contains(&tenants.len()), "process {process} served {tenants:?} in {lives} lives");
+        }
+        served.len()
+    };
+    let sessions = sessions.len();
     assert!(sessions >= seen && seen > 10, "{seen} processes seen, {sessions} in the log");
     // With all clients gone nothing is held, and no more than one process is there.
     world.admin_until("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", 0).await;

@@ -13,6 +13,7 @@ mod world;
 
 mod bad_input;
 mod cancel;
+mod classes;
 mod copy;
 mod demo;
 mod drain;
