@@ -8,6 +8,7 @@
 #   make test-api     the HTTP API by curl, and Prometheus
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
+#   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -24,7 +25,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks bench lint clean
 
 all: build
 
@@ -120,6 +121,14 @@ test-attacks:
 	  $(TARGET_DIR)/debug/examples/attack --corpus '$(CORPUS)' --plan $$plan --hardening $$grade --pool-mode $$mode \
 	    --guard $(GUARD) || failed=yes; \
 	done; done; done; [ -z "$$failed" ]
+
+# What the README's numbers come from. On a machine that does nothing else.
+BENCH ?=
+
+bench:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --release --bin pgusher
+	benches/pgbench.py $(BENCH)
 
 lint:
 	$(CARGO) fmt --check

@@ -76,6 +76,19 @@ pub struct WorkerStats {
 /// Why a client keeps its server connection between transactions.
 pub const PIN_REASONS: [&str; 6] = ["temp", "cursor", "prepare", "listen", "lock", "unknown"];
 
+/// Notifications, by what became of them.
+#[derive(Debug, Default)]
+pub struct Notified {
+    /// Delivered to a client.
+    pub delivered: AtomicU64,
+    /// Dropped: another tenant's.
+    pub foreign: AtomicU64,
+    /// Dropped: nobody could say that it was the tenant's own.
+    pub unknown: AtomicU64,
+    /// Server connections that listen for the clients of a tenant now.
+    pub listeners: AtomicUsize,
+}
+
 /// What is counted per shard.
 #[derive(Debug, Default)]
 pub struct ShardStats {
@@ -158,6 +171,8 @@ pub struct Metrics {
     violations: Mutex<HashMap<ViolationKey, u64>>,
     /// Attempts of the canary's that were stopped by somebody who counts.
     pub canary_seen: AtomicU64,
+    /// Notifications.
+    pub notified: Arc<Notified>,
     /// Where violations are written down.
     pub desk: Desk,
     /// Clients connected, logging in included.
@@ -184,6 +199,7 @@ impl Metrics {
             errors: DashMap::new(),
             violations: Mutex::default(),
             canary_seen: 0.into(),
+            notified: Arc::default(),
             desk: Desk::default(),
             clients: 0.into(),
             clients_total: 0.into(),

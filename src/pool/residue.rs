@@ -12,6 +12,8 @@ pub struct Residue {
     pub settings: Vec<Box<str>>,
     /// Something else may have changed.
     pub unknown: bool,
+    /// Among that, as the text says, what the session listens to.
+    pub listens: bool,
 }
 
 impl Residue {
@@ -22,7 +24,7 @@ impl Residue {
 
     /// Anything.
     pub fn anything() -> Self {
-        Self { settings: Vec::new(), unknown: true }
+        Self { unknown: true, ..Self::default() }
     }
 
     /// Whether nothing may be left.
@@ -33,6 +35,7 @@ impl Residue {
     /// Both.
     pub fn merge(&mut self, other: &Self) {
         self.unknown |= other.unknown;
+        self.listens |= other.listens;
         for name in &other.settings {
             if !self.settings.contains(name) {
                 self.settings.push(name.clone());

@@ -82,7 +82,11 @@ fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
 
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
-    let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
+    let residue = |leaves_state: bool| {
+        let mut residue = if leaves_state { track::look(text) } else { Residue::none() };
+        residue.listens = residue.unknown && scan::may_listen(text);
+        residue
+    };
     if !ward.looks() {
         let seen = scan::look(text, Lex::default(), |_| false);
         if seen.suspicious {
@@ -125,6 +129,11 @@ enum Expect {
     RefusedParse(Box<PgError>),
 }
 
+/// Whether it is answered by a ReadyForQuery.
+fn ends_by_ready(expect: &Expect) -> bool {
+    matches!(expect, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_))
+}
+
 /// A closed statement's name and what it meant.
 type Closed = (Box<[u8]>, Arc<Statement>);
 
@@ -159,6 +168,8 @@ pub struct Session {
     queries: u32,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Vec<u8>>,
+    /// What it leaves behind when it runs, which may be in a later group than its Parse; `None` for nothing.
+    unnamed_residue: Option<Box<Residue>>,
     unnamed_serial: u64,
 }
 
@@ -168,6 +179,9 @@ const REJECTED: &str = "refused by pgusher:";
 /// FunctionCall is refused but for large objects: OIDs of lo_open, lo_close, loread, lowrite, lo_lseek(64), lo_creat,
 /// lo_create, lo_tell(64), lo_unlink, lo_truncate(64), which libpq's lo_* functions call.
 const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172];
+
+/// Longer than any notification (bytes).
+const MAX_NOTIFICATION: usize = 16 << 10;
 
 /// Longest unnamed statement (bytes) that is remembered from one Sync to the next.
 const MAX_UNNAMED: usize = 64 << 10;
@@ -195,6 +209,7 @@ impl Session {
             queries: 0,
             named: HashMap::default(),
             unnamed: None,
+            unnamed_residue: None,
             unnamed_serial: 0,
         }
     }
@@ -213,9 +228,8 @@ impl Session {
     /// Whether the server waits for the client, and does nothing more without: in a transaction, in a COPY, or in a
     /// group of messages without its Sync.
     pub fn waits_for_client(&self) -> bool {
-        let owed = |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
         let mid_work = self.status != b'I' || self.open_group || self.failed;
-        self.copy_in || (mid_work && !self.expects.iter().any(owed))
+        self.copy_in || (mid_work && !self.owes_ready())
     }
 
     /// Keeps what a client says until it is answered, before [`Session::on_client`].
@@ -282,6 +296,17 @@ impl Session {
     #[inline]
     pub fn has_residue(&self) -> bool {
         !self.residue.is_none()
+    }
+
+    /// Whether it may have changed what the session listens to.
+    #[inline]
+    pub fn may_listen(&self) -> bool {
+        self.residue.listens
+    }
+
+    /// Whether the server owes a ReadyForQuery.
+    pub fn owes_ready(&self) -> bool {
+        self.expects.iter().any(ends_by_ready)
     }
 
     /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
@@ -442,6 +467,8 @@ impl Session {
         };
         if name.is_empty() {
             self.note_residue(&residue, whole);
+            let residue = if whole { residue } else { Residue::anything() };
+            self.unnamed_residue = (!residue.is_none()).then(|| Box::new(residue));
             self.remember_unnamed(if whole { Some(body) } else { None });
             link.prepared.unnamed = Some(self.unnamed_owner());
             self.push_extended(Expect::Parse(None));
@@ -573,6 +600,9 @@ impl Session {
         if name.is_empty() {
             let body = self.unnamed.as_deref()?;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
+            if let Some(residue) = self.unnamed_residue.as_deref() {
+                self.residue.merge(residue);
+            }
             if link.prepared.unnamed == Some(owner) {
                 return Some(Resolved::AsNamed);
             }
@@ -706,6 +736,8 @@ impl Session {
     pub fn needs_of_server(header: Header, limit: usize) -> usize {
         match header.tag {
             b'Z' | b'C' | b'E' | b'S' => header.total.min(limit),
+            // Bounded by the server: 8,000 bytes and a name.
+            b'A' => header.total.min(MAX_NOTIFICATION),
             _ => HEADER,
         }
     }
@@ -777,7 +809,7 @@ impl Session {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
-        self.pop(|e| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_)), b'Z')
+        self.pop(ends_by_ready, b'Z')
     }
 
     fn complete(&mut self, frame: &[u8], prepared: &mut Prepared) {
@@ -812,9 +844,7 @@ impl Session {
             }
             _ => Verdict::Forward,
         };
-        let ends_by_itself =
-            |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
-        if self.expects.front().is_none_or(ends_by_itself) {
+        if self.expects.front().is_none_or(ends_by_ready) {
             // With nothing outstanding it can only be the server's farewell.
             self.failed |= self.expects.is_empty() && self.open_group;
             return verdict;

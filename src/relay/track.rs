@@ -5,6 +5,7 @@
 //! server afterwards, which knows about rollbacks, savepoints and every spelling. Whatever else the text does is
 //! [`Residue::unknown`], and then the server is asked what it holds for the session.
 
+use super::lex;
 use crate::pool::residue::Residue;
 
 /// What running this text may leave behind.
@@ -42,9 +43,9 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     while let Some(&byte) = sql.get(at) {
         let rest = &sql[at..];
         match byte {
-            b if b.is_ascii_whitespace() => at += 1,
-            b'-' if rest.starts_with(b"--") => at += rest.iter().position(|&b| b == b'\n').unwrap_or(rest.len()),
-            b'/' if rest.starts_with(b"/*") => at += comment(rest)?,
+            b if lex::is_space(b) => at += 1,
+            b'-' if rest.starts_with(b"--") => at = lex::skip_space(sql, at),
+            b'/' if rest.starts_with(b"/*") => at = comment_end(sql, at)?,
             b'\'' | b'"' => {
                 let end = rest[1..].iter().position(|&b| b == byte)? + 1;
                 let body = std::str::from_utf8(&rest[1..end]).ok()?;
@@ -84,23 +85,17 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     Some(tokens)
 }
 
-fn comment(rest: &[u8]) -> Option<usize> {
-    let (mut at, mut depth) = (2, 1);
-    while depth > 0 {
-        match (rest.get(at)?, rest.get(at + 1)) {
-            (b'*', Some(b'/')) => (depth, at) = (depth - 1, at + 2),
-            (b'/', Some(b'*')) => (depth, at) = (depth + 1, at + 2),
-            _ => at += 1,
-        }
-    }
-    Some(at)
+/// Where the comment ends; `None` if it does not.
+fn comment_end(sql: &[u8], at: usize) -> Option<usize> {
+    let end = lex::comment_end(sql, at);
+    sql[..end].ends_with(b"*/").then_some(end)
 }
 
 fn statement_residue(tokens: &[Token<'_>]) -> Residue {
     let Some(Token::Word(first)) = tokens.first() else {
         return if tokens.is_empty() { Residue::none() } else { Residue::anything() };
     };
-    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false };
+    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), ..Residue::none() };
     match first.as_str() {
         "set" => set(&tokens[1..]).unwrap_or_else(Residue::anything),
         "reset" => match &tokens[1..] {
@@ -121,7 +116,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
 /// What comes behind SET.
 fn set(tokens: &[Token<'_>]) -> Option<Residue> {
     let named =
-        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false });
+        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), ..Residue::none() });
     let words: Vec<&str> =
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
     match words.as_slice() {
