@@ -143,7 +143,7 @@ pub const TENANT_COLUMN: &str = "tenant_id";
 /// Name of the policies.
 pub const POLICY: &str = "tenant_isolation";
 /// Raised when [`Plan::setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 4;
+pub const SETUP_VERSION: u32 = 5;
 /// What the comment on a role, schema or database of a tenant begins with; the id follows.
 pub const MARK: &str = "pgusher tenant";
 
