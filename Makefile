@@ -9,6 +9,8 @@
 #   make test-full    integration tests at full size: 100,000 mutated streams, a gigabyte by COPY, pgbench for minutes
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
 #   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
+#   make simulate     500,000 tenants on 50 shards, simulated: tables, and the plot of docs/scale.md
+#   make soak         an hour of everything at once (MINUTES=5 for less)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -25,7 +27,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks bench lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks bench simulate soak lint clean
 
 all: build
 
@@ -129,6 +131,16 @@ bench:
 	$(DEPS) build server tools
 	$(CARGO) build --locked --release --bin pgusher
 	benches/pgbench.py $(BENCH)
+
+simulate:
+	$(CARGO) bench --locked --bench simulate
+
+MINUTES ?= 60
+
+soak:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --release --bin pgusher
+	benches/soak.py --minutes $(MINUTES)
 
 lint:
 	$(CARGO) fmt --check

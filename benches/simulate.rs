@@ -101,7 +101,10 @@ impl World {
         println!("  largest shard over mean: {:.3}", *counts.iter().max().unwrap() as f64 / mean);
         println!("  smallest shard over mean: {:.3}", *counts.iter().min().unwrap() as f64 / mean);
         println!("  most active shard over mean: {busiest:.2}");
-        println!("  the most active tenant has {:.1} % of all activity", self.share.iter().fold(0.0, |a: f64, &b| a.max(b)) * 100.0);
+        println!(
+            "  the most active tenant has {:.1} % of all activity",
+            self.share.iter().fold(0.0, |a: f64, &b| a.max(b)) * 100.0
+        );
         let (before, after, new) = (ring(SHARDS), ring(SHARDS + 1), format!("shard_{}", SHARDS + 1));
         let (mut taken, mut elsewhere) = (0, 0);
         for id in (0..TENANTS).map(id) {
@@ -110,7 +113,10 @@ impl World {
             elsewhere += usize::from(is != was && is != Some(&new));
         }
         let expected = TENANTS / (SHARDS + 1);
-        println!("  shard {} takes {taken} of them ({expected} would be its share), and {elsewhere} go elsewhere", SHARDS + 1);
+        println!(
+            "  shard {} takes {taken} of them ({expected} would be its share), and {elsewhere} go elsewhere",
+            SHARDS + 1
+        );
     }
 }
 
@@ -198,12 +204,17 @@ const fn micros(seconds: f64) -> u64 {
 fn simulate(world: &World, shard: usize, limit: usize, timeout: f64) -> Outcome {
     let tenants = &world.shards[shard];
     let mut sum = 0.0;
-    let sums: Vec<f64> = tenants.iter().map(|&tenant| { sum += world.share[tenant]; sum }).collect();
+    let sums: Vec<f64> = tenants
+        .iter()
+        .map(|&tenant| {
+            sum += world.share[tenant];
+            sum
+        })
+        .collect();
     let between_visits = 3600.0 / (VISITS_PER_HOUR * TENANTS as f64 * sum);
     let mut random = Random(7 + shard as u64);
-    let mut pool = Shard {
-        limit, timeout: micros(timeout), open: 0, idle: BTreeSet::new(), by_tenant: HashMap::new(), serial: 0,
-    };
+    let mut pool =
+        Shard { limit, timeout: micros(timeout), open: 0, idle: BTreeSet::new(), by_tenant: HashMap::new(), serial: 0 };
     let (mut events, mut outcome, mut measured) = (BinaryHeap::new(), Outcome::default(), false);
     let mut next_visit = 0.0;
     while next_visit < TIME {
@@ -259,7 +270,9 @@ type Curves = Vec<(&'static str, Vec<(usize, Outcome)>)>;
 fn table(name: &str, world: &World, shard: usize) -> Curves {
     let mut curves = Curves::new();
     println!("\n{name}: {} tenants", world.shards[shard].len());
-    println!("| max_db_connections | server_idle_timeout | tx/s | logins/s | hit rate | evictions/s | waits/s | open |");
+    println!(
+        "| max_db_connections | server_idle_timeout | tx/s | logins/s | hit rate | evictions/s | waits/s | open |"
+    );
     println!("|--:|--:|--:|--:|--:|--:|--:|--:|");
     for (timeout, label) in TIMEOUTS {
         let mut curve = Vec::new();
@@ -280,10 +293,19 @@ fn table(name: &str, world: &World, shard: usize) -> Curves {
 const COLORS: [&str; 4] = ["#c0392b", "#d68910", "#1e8449", "#1f618d"];
 
 /// One plot: a value by max_db_connections (logarithmic), a line per timeout.
-fn plot(svg: &mut String, left: f64, title: &str, top: f64, unit: &str, curves: &Curves, value: impl Fn(&Outcome) -> f64) {
+fn plot(
+    svg: &mut String,
+    left: f64,
+    title: &str,
+    top: f64,
+    unit: &str,
+    curves: &Curves,
+    value: impl Fn(&Outcome) -> f64,
+) {
     let (width, height, base) = (270.0, 200.0, 250.0);
     let x = |limit: usize| {
-        left + width * (limit as f64 / LIMITS[0] as f64).ln() / (LIMITS[LIMITS.len() - 1] as f64 / LIMITS[0] as f64).ln()
+        left + width * (limit as f64 / LIMITS[0] as f64).ln()
+            / (LIMITS[LIMITS.len() - 1] as f64 / LIMITS[0] as f64).ln()
     };
     let y = |v: f64| base - height * (v / top).min(1.0);
     let _ = writeln!(svg, r#"<text x="{left}" y="30" font-weight="bold">{title}</text>"#);
@@ -292,16 +314,27 @@ fn plot(svg: &mut String, left: f64, title: &str, top: f64, unit: &str, curves: 
         let _ = writeln!(
             svg,
             r##"<path d="M{left} {0:.0}h{width}" stroke="#ccc"/><text x="{1}" y="{2:.0}" text-anchor="end">{v:.0}{unit}</text>"##,
-            y(v), left - 6.0, y(v) + 4.0
+            y(v),
+            left - 6.0,
+            y(v) + 4.0
         );
     }
     for limit in LIMITS {
         let _ = writeln!(svg, r#"<text x="{:.0}" y="{}" text-anchor="middle">{limit}</text>"#, x(limit), base + 18.0);
     }
-    let _ = writeln!(svg, r#"<text x="{}" y="{}" text-anchor="middle">max_db_connections</text>"#, left + width / 2.0, base + 38.0);
+    let _ = writeln!(
+        svg,
+        r#"<text x="{}" y="{}" text-anchor="middle">max_db_connections</text>"#,
+        left + width / 2.0,
+        base + 38.0
+    );
     for ((label, curve), color) in curves.iter().zip(COLORS) {
         let points: Vec<String> = curve.iter().map(|(l, o)| format!("{:.1},{:.1}", x(*l), y(value(o)))).collect();
-        let _ = writeln!(svg, r#"<polyline points="{}" fill="none" stroke="{color}" stroke-width="2"><title>{label}</title></polyline>"#, points.join(" "));
+        let _ = writeln!(
+            svg,
+            r#"<polyline points="{}" fill="none" stroke="{color}" stroke-width="2"><title>{label}</title></polyline>"#,
+            points.join(" ")
+        );
     }
 }
 
@@ -313,11 +346,17 @@ fn draw(curves: &Curves) -> String {
     let most = curves.iter().flat_map(|(_, curve)| curve.iter().map(|(_, o)| o.logins)).fold(0.0, f64::max);
     let top = (most / 10.0).ceil() * 10.0;
     plot(&mut svg, 60.0, "logins per second to a shard", top, "", curves, |o| o.logins);
-    plot(&mut svg, 430.0, "transactions that find a connection", 100.0, " %", curves, |o| 100.0 * (1.0 - o.logins / o.transactions));
+    plot(&mut svg, 430.0, "transactions that find a connection", 100.0, " %", curves, |o| {
+        100.0 * (1.0 - o.logins / o.transactions)
+    });
     svg.push_str("<text x=\"60\" y=\"318\">server_idle_timeout:</text>\n");
     for (at, ((label, _), color)) in curves.iter().zip(COLORS).enumerate() {
         let left = 190 + at * 90;
-        let _ = writeln!(svg, r#"<path d="M{left} 314h24" stroke="{color}" stroke-width="3"/><text x="{}" y="318">{label}</text>"#, left + 30);
+        let _ = writeln!(
+            svg,
+            r#"<path d="M{left} 314h24" stroke="{color}" stroke-width="3"/><text x="{}" y="318">{label}</text>"#,
+            left + 30
+        );
     }
     svg.push_str("</svg>\n");
     svg

@@ -2,7 +2,7 @@
 //!
 //! A case is something that has been set up, and a method that does the work once.
 
-#![allow(clippy::unwrap_used, missing_docs, dead_code, reason = "measurements")]
+#![allow(clippy::unwrap_used, missing_docs, dead_code, unreachable_pub, reason = "measurements")]
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use pgusher::client::auth::{Exchange, MockSecret, Step};
 use pgusher::config::{Config, PoolMode, Secret};
-use pgusher::directory::{Directory, Shard};
+use pgusher::directory::{Directory, Shard, Tenant};
 use pgusher::error::PgError;
 use pgusher::metrics::Metrics;
 use pgusher::pool::connect::Connector;
@@ -25,7 +25,7 @@ use pgusher::relay::lex::Lex;
 use pgusher::relay::scan;
 use pgusher::relay::session::{Link, Session, Verdict, Ward};
 use pgusher::tenant::credential::Verifier;
-use pgusher::tenant::{Plan, Status, Tenant, TenantId};
+use pgusher::tenant::{Plan, Status, TenantId};
 use pgusher::wire::frame;
 use pgusher::wire::message::SaslInitialResponse;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -185,7 +185,7 @@ impl Lookup {
         let shard = Arc::new(shard(5432));
         let verifier = |n: usize| Verifier {
             iterations: 4096,
-            salt: n.to_be_bytes().repeat(2).into(),
+            salt: n.to_be_bytes().repeat(2)[..].into(),
             stored_key: [n as u8; 32],
             server_key: [n as u8; 32],
         };
