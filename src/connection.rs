@@ -22,13 +22,13 @@ use crate::client::login::{self, Opened, Opening, Refused};
 use crate::client::parameters::ClientParameters;
 use crate::client::sessions::Registered;
 use crate::client::signals::Signals;
-use crate::config::AuthType;
+use crate::config::{AuthType, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::TenantStats;
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
-use crate::pool::{CheckoutError, DATABASE, Settings};
+use crate::pool::{CheckoutError, DATABASE, Lease, Settings};
 use crate::relay::{self, Client, End};
 use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
@@ -398,8 +398,8 @@ async fn greet(
     let settings = shared.settings.intern(admitted.settings);
     let name = admitted.application_name;
     let mut out = admitted.unsent;
-    let params = match welcome(worker, &admitted.tenant, &settings, &name, &admitted.settled).await {
-        Ok(params) => params,
+    let (params, mut lease) = match welcome(worker, &admitted.tenant, &settings, &name, &admitted.settled).await {
+        Ok(welcome) => welcome,
         Err(mut error) => {
             error.severity = Severity::Fatal;
             message::authentication_ok(&mut out);
@@ -412,7 +412,8 @@ async fn greet(
     };
     let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
-    let key = shared.cancels.issue(secret_len, signals.clone());
+    let pid = lease.as_mut().map(|lease| lease.conn().cancel_target().pid);
+    let key = shared.cancels.issue(secret_len, pid, signals.clone());
     message::authentication_ok(&mut out);
     for (name, value) in params.iter() {
         message::parameter_status(&mut out, name, value.as_bytes());
@@ -434,6 +435,7 @@ async fn greet(
         application_name: name,
         params,
         key,
+        lease,
         signals,
         rules: admitted.settled.relay.clone(),
         user: goodbye.user.clone(),
@@ -443,20 +445,26 @@ async fn greet(
 }
 
 /// What the server reports at login. Asked of a server only if no connection with these settings was opened before:
-/// the connection is then there for the client's first query.
+/// the connection is then there for the client's first query. A client that keeps its connection to the end gets it now, if
+/// it need not wait for it, and so the true process id.
 async fn welcome(
     worker: &relay::Worker,
     tenant: &Arc<Tenant>,
     settings: &Arc<Settings>,
     application_name: &Arc<str>,
     settled: &Settled,
-) -> Result<Arc<Params>, PgError> {
+) -> Result<(Arc<Params>, Option<Lease>), PgError> {
+    let keeps = settled.relay.pool_mode == PoolMode::Session;
     loop {
         let pool = worker.pools.get(tenant);
-        if let Some(params) = pool.welcome(settings) {
-            return Ok(params);
+        if let Some(params) = pool.welcome(settings)
+            && !(keeps && pool.has_room(settings))
+        {
+            return Ok((params, None));
         }
-        let mut lease = match pool.checkout(settings, application_name, settled.relay.query_wait_timeout).await {
+        let own = settled.relay.pool_mode == PoolMode::Session;
+        let name = if own { application_name.clone() } else { Arc::default() };
+        let mut lease = match pool.checkout(settings, &name, settled.relay.query_wait_timeout).await {
             Ok(lease) => lease,
             Err(CheckoutError::Failed(error)) => return Err(error),
             Err(CheckoutError::Retired)
@@ -470,8 +478,11 @@ async fn welcome(
             }
         };
         let params = lease.conn().params.clone();
+        if keeps {
+            return Ok((params, Some(lease)));
+        }
         let now = tokio::time::Instant::now();
         lease.release(CheckIn::Clean, settled.relay.server_reset_timeout, now);
-        return Ok(params);
+        return Ok((params, None));
     }
 }

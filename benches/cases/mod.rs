@@ -82,6 +82,8 @@ impl Ward for Guard {
     }
 
     fn function_call_refused(&self) {}
+
+    fn remember(&self, _: &[u8], _: Lex) {}
 }
 
 /// A client's frames and the server's answers, through the session's bookkeeping.

@@ -111,14 +111,14 @@ pub struct Key {
 
 impl CancelKeys {
     /// Makes a key with a secret of `len` bytes, at most [`MAX_SECRET`]. `client` is told of a cancel that comes while
-    /// no server connection is bound.
-    pub fn issue(self: &Arc<Self>, len: usize, client: Arc<Signals>) -> Key {
+    /// no server connection is bound. The process id is the one that is `wanted`, unless another client has it.
+    pub fn issue(self: &Arc<Self>, len: usize, mut wanted: Option<u32>, client: Arc<Signals>) -> Key {
         let (mut secret, len) = ([0; MAX_SECRET], len.min(MAX_SECRET));
         rand::fill(&mut secret[..len]);
         let entry = Arc::new(Entry { secret, len: len as u8, target: Mutex::new(None), client });
         loop {
             // Positive as int4, so that drivers which read it as such are not surprised.
-            let pid = rand::random::<u32>() >> 1;
+            let pid = wanted.take().unwrap_or_else(|| rand::random::<u32>() >> 1);
             if let dashmap::Entry::Vacant(vacant) = self.entries.entry(pid) {
                 vacant.insert(entry.clone());
                 return Key { keys: self.clone(), pid, entry };

@@ -10,8 +10,22 @@ pub type Carried = BTreeMap<Box<str>, Box<str>>;
 pub struct Residue {
     /// Settings that may have changed: lower-case names.
     pub settings: Vec<Box<str>>,
+    /// Parameters of the statement ($1 is 1) that name settings which may have changed.
+    pub parameters: Vec<u16>,
     /// Something else may have changed.
     pub unknown: bool,
+    /// Among that, as the text says, what the session listens to.
+    pub listens: bool,
+    /// All settings may have been reset.
+    pub resets: bool,
+    /// What pins a client may be gone: a table dropped, a cursor closed, a lock released, a statement deallocated.
+    pub frees: bool,
+    /// `random()` was seeded.
+    pub seeds: bool,
+    /// `currval` or `lastval` was asked, or the state of sequences is to be kept for whoever asks for it.
+    pub asks: bool,
+    /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
+    pub advances: bool,
 }
 
 impl Residue {
@@ -22,17 +36,48 @@ impl Residue {
 
     /// Anything.
     pub fn anything() -> Self {
-        Self { settings: Vec::new(), unknown: true }
+        Self { unknown: true, advances: true, ..Self::default() }
     }
 
-    /// Whether nothing may be left.
+    /// These settings.
+    pub fn named(names: &[&str]) -> Self {
+        Self { settings: names.iter().map(|name| (*name).into()).collect(), ..Self::default() }
+    }
+
+    /// Whether nothing may be left that anybody has to look after.
+    #[inline]
     pub fn is_none(&self) -> bool {
-        !self.unknown && self.settings.is_empty()
+        !(self.unknown | self.resets | self.frees | self.seeds | self.asks)
+            && self.settings.is_empty()
+            && self.parameters.is_empty()
+    }
+
+    /// The same once it is known what the parameters say, given what follows the names in a Bind message.
+    pub fn with_values(&self, bind: &[u8]) -> Self {
+        let mut known = Self { parameters: Vec::new(), ..self.clone() };
+        for parameter in &self.parameters {
+            match value(bind, *parameter).map(|name| std::str::from_utf8(name).map(str::to_ascii_lowercase)) {
+                Some(Ok(name)) => known.settings.push(name.into()),
+                _ => known.unknown = true,
+            }
+        }
+        known
     }
 
     /// Both.
     pub fn merge(&mut self, other: &Self) {
         self.unknown |= other.unknown;
+        self.listens |= other.listens;
+        self.resets |= other.resets;
+        self.frees |= other.frees;
+        self.seeds |= other.seeds;
+        self.asks |= other.asks;
+        self.advances |= other.advances;
+        for parameter in &other.parameters {
+            if !self.parameters.contains(parameter) {
+                self.parameters.push(*parameter);
+            }
+        }
         for name in &other.settings {
             if !self.settings.contains(name) {
                 self.settings.push(name.clone());
@@ -46,4 +91,39 @@ impl Residue {
     }
 }
 
+/// The value of a parameter: formats, then values, each with its length.
+fn value(bind: &[u8], parameter: u16) -> Option<&[u8]> {
+    let number = |at: usize| Some(usize::from(u16::from_be_bytes(bind.get(at..at + 2)?.try_into().ok()?)));
+    let mut at = 2 + 2 * number(0)?;
+    if usize::from(parameter) > number(at)? {
+        return None;
+    }
+    at += 2;
+    for _ in 1..parameter {
+        at += 4 + length(bind, at)?;
+    }
+    let length = length(bind, at)?;
+    bind.get(at + 4..at + 4 + length)
+}
+
+/// NULL has none.
+fn length(bind: &[u8], at: usize) -> Option<usize> {
+    let length = i32::from_be_bytes(bind.get(at..at + 4)?.try_into().ok()?);
+    Some(usize::try_from(length).unwrap_or(0))
+}
+
 const MAX_SETTINGS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parameter_may_name_a_setting() {
+        let residue = Residue { parameters: vec![2], ..Residue::none() };
+        let values = b"\0\x01\0\0\0\x02\xff\xff\xff\xff\0\0\0\x05App.X\0\0";
+        assert_eq!(*residue.with_values(values).settings, ["app.x".into()]);
+        assert!(residue.with_values(&values[..14]).unknown);
+        assert!(residue.with_values(b"\0\0\0\x01\0\0\0\0").unknown);
+    }
+}

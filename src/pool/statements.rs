@@ -108,6 +108,10 @@ pub struct Prepared {
     clock: u64,
     /// Who parsed the unnamed statement last.
     pub unnamed: Option<UnnamedOwner>,
+    /// Statements whose names mean something else there: to be closed before they are prepared.
+    squatted: HashSet<u64>,
+    /// The client that may have changed what `currval` and `lastval` say last.
+    pub sequences_of: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -148,6 +152,17 @@ impl Prepared {
         closed
     }
 
+    /// Notes that the name of this statement means something else.
+    pub fn squat(&mut self, id: u64) {
+        self.have.remove(&id);
+        self.squatted.insert(id);
+    }
+
+    /// Whether the name of this statement means something else; it is taken as put right by that.
+    pub fn put_right(&mut self, id: u64) -> bool {
+        !self.squatted.is_empty() && self.squatted.remove(&id)
+    }
+
     /// Notes that the statement is not there after all.
     pub fn remove(&mut self, id: u64) {
         self.have.remove(&id);
@@ -163,6 +178,7 @@ impl Prepared {
     /// Notes that nothing is prepared any more.
     pub fn clear(&mut self) {
         self.have.clear();
+        self.squatted.clear();
         self.unnamed = None;
     }
 

@@ -3,6 +3,7 @@
 //! Follows `scan.l`. What depends on the session is in [`Lex`]; the server reports both settings that matter.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// The server cuts names off after so many bytes (`NAMEDATALEN - 1`).
 pub const MAX_NAME: usize = 63;
@@ -214,13 +215,17 @@ impl Token {
 
 /// Takes a text apart.
 pub fn tokens(sql: &[u8], lex: Lex) -> Vec<Token> {
-    let sql = &*lex.narrow(sql);
+    spans(&lex.narrow(sql), lex).into_iter().map(|(token, _)| token).collect()
+}
+
+/// The same, with where each token stands; the text is narrow already.
+pub fn spans(sql: &[u8], lex: Lex) -> Vec<(Token, Range<usize>)> {
     let (mut tokens, mut at) = (Vec::new(), 0);
     loop {
         at = skip_space(sql, at);
         let Some(&byte) = sql.get(at) else { return tokens };
         let (token, end) = token(sql, at, byte, lex);
-        tokens.push(token);
+        tokens.push((token, at..end));
         at = end;
     }
 }

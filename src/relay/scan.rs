@@ -16,6 +16,10 @@ pub struct Seen {
     pub leaves_state: bool,
     /// The guard has to read it.
     pub suspicious: bool,
+    /// It may change what `currval` and `lastval` say in this session.
+    pub advances: bool,
+    /// It may take away what pins a client.
+    pub frees: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -28,6 +32,20 @@ pub fn look(sql: &[u8], lex: Lex, is_name: impl Fn(&[u8]) -> bool) -> Seen {
 /// See [`Seen::leaves_state`].
 pub fn leaves_state(sql: &[u8]) -> bool {
     look(sql, Lex::default(), |_| false).leaves_state
+}
+
+/// Whether the text, however it is spelled, could change or show what the session listens to. Function bodies aside.
+pub fn may_listen(sql: &[u8]) -> bool {
+    ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+/// Whether a transaction that the text begins may still be open at its end.
+pub fn may_begin(sql: &[u8]) -> bool {
+    ["begin", "start"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+fn contains(sql: &[u8], word: &[u8]) -> bool {
+    sql.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
 }
 
 /// Whether the first word of the text, white space and comments aside, is this one (lower case).
@@ -153,7 +171,11 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         }
         if std::mem::take(&mut self.first) {
             // Nine in ten, which need no search.
-            if let b"select" | b"insert" | b"update" | b"delete" | b"begin" | b"commit" | b"end" | b"rollback" = word {
+            if let b"select" | b"update" | b"delete" | b"begin" | b"commit" | b"end" | b"rollback" = word {
+                return false;
+            }
+            if word == b"insert" {
+                self.seen.advances = true;
                 return false;
             }
             self.seen.suspicious |= READ.binary_search(&word).is_ok();
@@ -176,7 +198,11 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             return !self.after_into && self.qualified_call();
         }
         let table = std::mem::replace(&mut self.after_into, word == b"into");
-        self.is_call() && !table && KEYWORDS.binary_search(&word).is_err() && HARMLESS.binary_search(&word).is_err()
+        if !self.is_call() || table || KEYWORDS.binary_search(&word).is_ok() {
+            return false;
+        }
+        self.seen.advances |= matches!(word, b"nextval" | b"setval");
+        HARMLESS.binary_search(&word).is_err()
     }
 
     /// `E'…'`, `U&'…'`, `U&"…"`: the letter belongs to what follows.
@@ -220,6 +246,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
             return !(local || transaction);
         }
+        self.seen.advances |= matches!(word, b"copy" | b"merge" | b"with");
+        self.seen.frees |= matches!(word, b"drop" | b"close");
         let unusual = STATELESS.binary_search(&word).is_err();
         // What is no ordinary statement is rare enough to be read.
         self.seen.suspicious |= unusual;
@@ -453,7 +481,6 @@ const HARMLESS: &[&[u8]] = &[
     b"current_schema",
     b"current_schemas",
     b"current_setting",
-    b"currval",
     b"date",
     b"date_bin",
     b"date_part",
@@ -518,7 +545,6 @@ const HARMLESS: &[&[u8]] = &[
     b"justify_days",
     b"lag",
     b"last_value",
-    b"lastval",
     b"lead",
     b"least",
     b"left",

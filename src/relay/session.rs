@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use bytes::{BufMut as _, BytesMut};
 
 use super::lex::Lex;
+use super::names::{self, Use, Verb};
 use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
@@ -25,6 +26,7 @@ use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
+type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
 /// What becomes of a frame.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,6 +70,8 @@ pub trait Ward {
     fn may_be_tenant(&self, name: &[u8]) -> bool;
     /// Judges a suspicious text: what the client is told if it is refused.
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
+    /// A text goes through that may change what later ones mean, or is run later.
+    fn remember(&self, text: &[u8], lex: Lex);
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
 }
@@ -79,34 +83,54 @@ fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
 
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.
 fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
-    let residue = |leaves_state: bool| if leaves_state { track::look(text) } else { Residue::none() };
+    let residue = |seen: scan::Seen| {
+        let mut residue = if seen.leaves_state { track::look(text) } else { Residue::none() };
+        (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
+        residue.listens = residue.unknown && scan::may_listen(text);
+        residue
+    };
     if !ward.looks() {
-        return Ok(residue(scan::leaves_state(text)));
+        let seen = scan::look(text, Lex::default(), |_| false);
+        if seen.suspicious {
+            ward.remember(text, ward.lex());
+        }
+        return Ok(residue(seen));
     }
     let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
         Some(error) => Err(error),
-        None => Ok(residue(seen.leaves_state)),
+        None => Ok(residue(seen)),
     }
 }
 
 /// One message that the server has yet to answer, or an answer that we owe.
 #[derive(Debug)]
 enum Expect {
-    Query,
+    /// With what its statements do to names of prepared statements.
+    Query(Events),
     Sync,
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
-    /// With the number of the shared statement, or [`NO_STATEMENT`].
-    Bind(u64),
-    Describe(u64),
-    Execute,
+    /// With the shared statement and the client's name for it.
+    Bind(Option<Shared>),
+    Describe(Option<Shared>),
+    Execute(Events),
     Close,
+    /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
+    Taken(Box<Taken>),
+    /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
+    Checked(Arc<[u8]>),
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
     InjectedClose,
+    /// A Sync of ours behind a Parse of ours.
+    InjectedSync,
+    /// A Query of ours, whose outcome does not matter.
+    InjectedQuery,
+    /// A step of the extended protocol of ours, to be answered by this.
+    InjectedStep(u8),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
     CopyEnd,
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
@@ -119,10 +143,42 @@ enum Expect {
 }
 
 /// A closed statement's name and what it meant.
-type Closed = (Box<[u8]>, Arc<Statement>);
+type Closed = (Arc<[u8]>, Arc<Statement>);
 
-/// Not a statement's number.
-const NO_STATEMENT: u64 = u64::MAX;
+/// What happens to names of prepared statements when the statements of a text are carried out, in that order.
+type Events = Option<Box<VecDeque<Event>>>;
+
+#[derive(Debug, Clone)]
+struct Event {
+    verb: Verb,
+    name: Box<[u8]>,
+    /// What the client has prepared by the protocol under this name.
+    shared: Option<Arc<Statement>>,
+}
+
+/// A shared statement that a message uses.
+#[derive(Debug)]
+struct Shared {
+    id: u64,
+    name: Arc<[u8]>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    /// What has the name.
+    by: Shared,
+    /// What was to have it.
+    statement: Arc<Statement>,
+}
+
+/// The unnamed statement of a client.
+#[derive(Debug, Default)]
+struct Unnamed {
+    /// Its Parse without the name; empty if it is too long.
+    body: Vec<u8>,
+    residue: Residue,
+    events: Events,
+}
 
 #[derive(Debug)]
 struct ParseUndo {
@@ -150,10 +206,19 @@ pub struct Session {
     sync_in_copy: bool,
     residue: Residue,
     queries: u32,
-    named: HashMap<Box<[u8]>, Arc<Statement>>,
-    unnamed: Option<Vec<u8>>,
+    named: HashMap<Arc<[u8]>, Arc<Statement>>,
+    /// Names of statements that SQL has prepared.
+    by_sql: HashSet<Box<[u8]>>,
+    unnamed: Option<Unnamed>,
     unnamed_serial: u64,
+    /// What the unnamed statement that was bound last does when it is executed.
+    bound: Events,
+    /// The client has asked for the state of sequences before.
+    asks: bool,
 }
+
+/// The name of a statement that lives no longer than it takes to prepare it.
+const CHECK: &[u8] = b"pgusher_check";
 
 /// Text that no PostgreSQL parses.
 const REJECTED: &str = "refused by pgusher:";
@@ -161,6 +226,9 @@ const REJECTED: &str = "refused by pgusher:";
 /// FunctionCall is refused but for large objects: OIDs of lo_open, lo_close, loread, lowrite, lo_lseek(64), lo_creat,
 /// lo_create, lo_tell(64), lo_unlink, lo_truncate(64), which libpq's lo_* functions call.
 const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172];
+
+/// Longer than any notification (bytes).
+const MAX_NOTIFICATION: usize = 16 << 10;
 
 /// Longest unnamed statement (bytes) that is remembered from one Sync to the next.
 const MAX_UNNAMED: usize = 64 << 10;
@@ -187,8 +255,11 @@ impl Session {
             residue: Residue::none(),
             queries: 0,
             named: HashMap::default(),
+            by_sql: HashSet::default(),
             unnamed: None,
             unnamed_serial: 0,
+            bound: None,
+            asks: false,
         }
     }
 
@@ -206,9 +277,42 @@ impl Session {
     /// Whether the server waits for the client, and does nothing more without: in a transaction, in a COPY, or in a
     /// group of messages without its Sync.
     pub fn waits_for_client(&self) -> bool {
-        let owed = |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
         let mid_work = self.status != b'I' || self.open_group || self.failed;
-        self.copy_in || (mid_work && !self.expects.iter().any(owed))
+        self.copy_in || (mid_work && !self.owes_ready())
+    }
+
+    /// Whether the server owes no answer.
+    #[inline]
+    pub fn owes_nothing(&self) -> bool {
+        self.expects.is_empty()
+    }
+
+    /// Whether messages are skipped until the next Sync.
+    #[inline]
+    pub fn is_skipping(&self) -> bool {
+        self.failed
+    }
+
+    /// Which of the messages with a statement or its values the server is working on, counted from the last one, which
+    /// is 1.
+    pub fn statements_owed(&self) -> usize {
+        let says = |e: &Expect| {
+            use Expect::*;
+            let parses = matches!(e, Parse(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
+        };
+        let owed = self.expects.iter().filter(|e| says(e)).count();
+        // Execute, Describe and Sync belong to what came before them.
+        owed + usize::from(!self.expects.front().is_some_and(says))
+    }
+
+    /// The text of a prepared statement, if it is known.
+    pub fn text_of(&self, name: &[u8]) -> Option<&[u8]> {
+        let body = match name {
+            b"" => self.unnamed.as_ref()?.body.as_slice(),
+            name => &self.named.get(name)?.body,
+        };
+        body.split(|&b| b == 0).next()
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -228,10 +332,31 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
+    /// Whether a setting may have been reset since the server connection was lent.
+    pub fn may_reset(&self, name: &str) -> bool {
+        self.residue.resets || self.residue.settings.iter().any(|found| **found == *name)
+    }
+
+    /// Whether the client asks for the state of sequences.
+    pub fn asks(&self) -> bool {
+        self.asks
+    }
+
     /// Whether anything may be left behind.
     #[inline]
     pub fn has_residue(&self) -> bool {
         !self.residue.is_none()
+    }
+
+    /// Whether it may have changed what the session listens to.
+    #[inline]
+    pub fn may_listen(&self) -> bool {
+        self.residue.listens
+    }
+
+    /// Whether the server owes a ReadyForQuery.
+    pub fn owes_ready(&self) -> bool {
+        self.expects.iter().any(ends_by_itself)
     }
 
     /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
@@ -240,6 +365,11 @@ impl Session {
         self.residue.unknown |= !whole;
         if !residue.is_none() {
             self.residue.merge(residue);
+            // They are known when values are bound.
+            self.residue.parameters.clear();
+            if self.pool_mode != PoolMode::Auto {
+                (self.residue.asks, self.residue.frees) = (false, false);
+            }
         }
     }
 
@@ -286,7 +416,8 @@ impl Session {
             b'D' | b'C' => self.describe_or_close(header, frame, link, out),
             b'E' => {
                 self.queries += 1;
-                self.push_extended(Expect::Execute);
+                let events = self.bound.take();
+                self.push_extended(Expect::Execute(events));
                 Ok(Verdict::Forward)
             }
             b'S' => {
@@ -352,14 +483,109 @@ impl Session {
                 return self.refuse_query(error, out);
             }
         };
-        self.note_residue(&residue, frame.len() == header.total);
+        let whole = frame.len() == header.total;
+        self.note_residue(&residue, whole);
+        self.note_sequences(&residue, link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
         self.queries += 1;
+        let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
+        let events = self.events(&uses);
+        let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
+        let shared: Vec<_> = shared.collect();
+        let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
+        if !self.open_group && self.status != b'E' {
+            self.bring(&shared, link, out);
+        }
         self.open_group = false;
-        self.expects.push_back(Expect::Query);
-        Verdict::Forward
+        self.expects.push_back(Expect::Query(events));
+        match translated {
+            Some(text) => message::query_bytes(out, &text),
+            None if out.is_empty() => return Verdict::Forward,
+            None => out.extend_from_slice(frame),
+        }
+        Verdict::Replace
+    }
+
+    /// Names of prepared statements in a text that does anything of interest.
+    fn uses(&self, text: &[u8], residue: &Residue, ward: &dyn Ward) -> Vec<Use> {
+        let shared = matches!(self.statements, Statements::Shared(_));
+        let interesting = shared && (residue.unknown || residue.frees);
+        if interesting { names::uses(text, ward.lex()) } else { Vec::new() }
+    }
+
+    fn events(&self, uses: &[Use]) -> Events {
+        let event = |found: &Use| {
+            let shared = self.named.get(&*found.name).cloned();
+            Event { verb: found.verb, name: found.name.clone(), shared }
+        };
+        (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
+    }
+
+    /// The text with our names for the client's.
+    fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
+        names::rename(text, uses, |found| self.named.get(&*found.name).map(|statement| &*statement.name))
+    }
+
+    /// Prepares statements that the server connection does not have, ahead of a Query.
+    fn bring(&mut self, shared: &[Arc<Statement>], link: &mut Link<'_>, out: &mut BytesMut) {
+        let Statements::Shared(max) = self.statements else { return };
+        let before = self.expects.len();
+        for statement in shared {
+            self.bring_one(statement, max, link, out);
+        }
+        if self.expects.len() > before {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
+        }
+    }
+
+    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        if !link.prepared.touch(statement.id) {
+            self.make_room(statement, max, link, out);
+            if link.prepared.put_right(statement.id) {
+                message::close(out, b'S', &statement.name);
+                self.push_extended(Expect::InjectedClose);
+            }
+            message::parse_with(out, &statement.name, &statement.body);
+            self.push_extended(Expect::Injected(statement.id));
+        }
+    }
+
+    /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
+    fn note_sequences(&mut self, residue: &Residue, prepared: &mut Prepared, out: &mut BytesMut) {
+        if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
+            return;
+        }
+        self.asks |= residue.asks;
+        if self.asks {
+            self.residue.asks = true;
+            // An aborted transaction takes nothing but its end.
+            if prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E' {
+                self.discard_sequences(out);
+            }
+        }
+        prepared.sequences_of = Some(self.client);
+    }
+
+    /// Lets the session forget what another client has left.
+    fn discard_sequences(&mut self, out: &mut BytesMut) {
+        const NAME: &[u8] = b"pgusher_discard";
+        let text = "DISCARD SEQUENCES";
+        if !self.open_group {
+            message::query(out, text);
+            self.expects.push_back(Expect::InjectedQuery);
+            return;
+        }
+        message::parse(out, NAME, text.as_bytes(), &[0, 0]);
+        message::bind(out, NAME, NAME);
+        message::execute(out, NAME);
+        message::close(out, b'P', NAME);
+        message::close(out, b'S', NAME);
+        for answer in *b"12C33" {
+            self.push_extended(Expect::InjectedStep(answer));
+        }
     }
 
     fn parse(
@@ -382,34 +608,89 @@ impl Session {
         let Statements::Shared(max) = self.statements else {
             // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
             self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
+            if !name.is_empty() {
+                // Its text is not kept, and it may be run later.
+                link.ward.remember(text, link.ward.lex());
+            }
             self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
         if name.is_empty() {
-            self.note_residue(&residue, whole);
-            self.remember_unnamed(if whole { Some(body) } else { None });
-            link.prepared.unnamed = Some(self.unnamed_owner());
+            return Ok(self.parse_unnamed(text, body, whole, residue, link, out));
+        }
+        if self.by_sql.contains(name) {
+            // The server says that the name is taken, or that something else is wrong.
+            self.residue.unknown = true;
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         }
-        if self.named.contains_key(name) {
-            let shown = String::from_utf8_lossy(name);
-            let error = format!("prepared statement \"{shown}\" already exists");
-            return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+        if let Some((name, taken)) = self.named.get_key_value(name) {
+            let (name, taken) = (name.clone(), taken.clone());
+            self.bring_one(&taken, max, link, out);
+            message::parse_with(out, &taken.name, body);
+            let statement = link.registry.intern(body, || residue);
+            self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
+            return Ok(Verdict::Instead);
         }
         let statement = link.registry.intern(body, || residue);
         self.named.insert(name.into(), statement.clone());
         if link.prepared.touch(statement.id) {
+            if self.status == b'E' || self.expects.iter().any(ends_by_itself) {
+                // In an aborted transaction, or in what may be one by then, little can be prepared.
+                message::parse_with(out, CHECK, &statement.body);
+                message::close(out, b'S', CHECK);
+                self.push_extended(Expect::Checked(name.into()));
+                self.push_extended(Expect::InjectedStep(b'3'));
+                return Ok(Verdict::Instead);
+            }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
             self.push_extended(Expect::OurParse(name.into()));
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
+        if link.prepared.put_right(statement.id) {
+            message::close(out, b'S', &statement.name);
+            self.push_extended(Expect::InjectedClose);
+        }
         message::parse_with(out, &statement.name, &statement.body);
         let undo = ParseUndo { name: name.into(), statement };
         self.push_extended(Expect::Parse(Some(Box::new(undo))));
         Ok(Verdict::Replace)
+    }
+
+    fn parse_unnamed(
+        &mut self,
+        text: &[u8],
+        body: &[u8],
+        whole: bool,
+        residue: Residue,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Verdict {
+        self.note_residue(&residue, whole);
+        let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
+        let events = self.events(&uses);
+        let shared = events.iter().flat_map(|events| events.iter()).any(|event| event.shared.is_some());
+        let translated = shared.then(|| {
+            let mut translated = self.translate(text, &uses);
+            translated.extend_from_slice(&body[text.len()..]);
+            translated
+        });
+        let body = translated.as_deref().unwrap_or(body);
+        let residue = if whole { residue } else { Residue::anything() };
+        self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
+        link.prepared.unnamed = Some(self.unnamed_owner());
+        if let Statements::Shared(max) = self.statements {
+            // What it returns is looked up here.
+            self.bring_used(max, link, out);
+        }
+        self.push_extended(Expect::Parse(None));
+        if translated.is_none() {
+            return Verdict::Forward;
+        }
+        message::parse_with(out, b"", body);
+        Verdict::Instead
     }
 
     /// Answers a Parse of a named statement and the Sync behind it without a server, outside a transaction, if a server
@@ -431,7 +712,7 @@ impl Session {
             return None;
         }
         let (name, body) = cstr(&unseen[HEADER..header.total])?;
-        if name.is_empty() || self.named.contains_key(name) {
+        if name.is_empty() || self.named.contains_key(name) || self.by_sql.contains(name) {
             return None;
         }
         let statement = registry.accepted(body)?;
@@ -446,16 +727,12 @@ impl Session {
         Some(header.total + HEADER)
     }
 
-    fn remember_unnamed(&mut self, body: Option<&[u8]>) {
+    fn remember_unnamed(&mut self, body: Option<&[u8]>, residue: Residue, events: Events) {
         self.unnamed_serial += 1;
-        let body = body.filter(|body| body.len() <= MAX_UNNAMED);
-        match (&mut self.unnamed, body) {
-            (Some(kept), Some(body)) => {
-                kept.clear();
-                kept.extend_from_slice(body);
-            }
-            (kept, body) => *kept = Some(body.unwrap_or_default().to_vec()),
-        }
+        let kept = self.unnamed.get_or_insert_default();
+        (kept.residue, kept.events) = (residue, events);
+        kept.body.clear();
+        kept.body.extend_from_slice(body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default());
     }
 
     fn unnamed_owner(&self) -> UnnamedOwner {
@@ -478,22 +755,26 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let Statements::Shared(max) = self.statements else {
-            self.push_extended(Expect::Bind(NO_STATEMENT));
+            self.push_extended(Expect::Bind(None));
             return Ok(Verdict::Forward);
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
         let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
         let Some(statement) = self.resolve(name, max, link, out) else {
-            return Ok(self.unknown(name, out));
+            return Ok(self.unknown(out));
         };
-        let mut shared = NO_STATEMENT;
+        self.bound = None;
+        let whole = frame.len() == header.total;
+        if name.is_empty() {
+            self.bind_unnamed(values, whole, max, link, out);
+        }
+        let mut shared = None;
         let verdict = match statement {
-            Resolved::AsNamed => Verdict::Forward,
-            Resolved::Shared(statement) => {
-                shared = statement.id;
-                if !statement.residue.is_none() {
-                    self.residue.merge(&statement.residue);
-                }
+            Resolved::AsNamed if out.is_empty() => Verdict::Forward,
+            Resolved::Shared(statement, clients) => {
+                shared = Some(Shared { id: statement.id, name: clients });
+                self.note_bound(&statement.residue, values, whole);
+                self.note_sequences(&statement.residue, link.prepared, out);
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -505,7 +786,7 @@ impl Session {
                 out.extend_from_slice(values);
                 Verdict::Replace
             }
-            Resolved::Injected => {
+            Resolved::AsNamed | Resolved::Injected => {
                 out.extend_from_slice(frame);
                 Verdict::Replace
             }
@@ -514,10 +795,37 @@ impl Session {
         Ok(verdict)
     }
 
+    fn note_bound(&mut self, residue: &Residue, values: &[u8], whole: bool) {
+        if residue.parameters.is_empty() {
+            self.note_residue(residue, true);
+        } else {
+            self.note_residue(&residue.with_values(values), whole);
+        }
+    }
+
+    /// What the unnamed statement leaves behind is left where it runs, and it may run others.
+    fn bind_unnamed(&mut self, values: &[u8], whole: bool, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        let Some(unnamed) = self.unnamed.take() else { return };
+        self.note_bound(&unnamed.residue, values, whole);
+        self.note_sequences(&unnamed.residue, link.prepared, out);
+        self.bound = unnamed.events.clone();
+        self.unnamed = Some(unnamed);
+        self.bring_used(max, link, out);
+    }
+
+    /// Prepares what the unnamed statement names.
+    fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
+        let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
+        for statement in shared {
+            self.bring_one(&statement, max, link, out);
+        }
+    }
+
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
-            let body = self.unnamed.as_deref()?;
+            let body = &self.unnamed.as_ref()?.body;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
             if link.prepared.unnamed == Some(owner) {
                 return Some(Resolved::AsNamed);
@@ -531,21 +839,17 @@ impl Session {
             self.push_extended(Expect::InjectedUnnamed);
             return Some(Resolved::Injected);
         }
-        let statement = self.named.get(name)?.clone();
-        if !link.prepared.touch(statement.id) {
-            self.make_room(&statement, max, link, out);
-            message::parse_with(out, &statement.name, &statement.body);
-            self.push_extended(Expect::Injected(statement.id));
-        }
-        Some(Resolved::Shared(statement))
+        let Some((name, statement)) = self.named.get_key_value(name) else {
+            // SQL may have prepared it; if not, the server says so.
+            return Some(Resolved::AsNamed);
+        };
+        let (name, statement) = (name.clone(), statement.clone());
+        self.bring_one(&statement, max, link, out);
+        Some(Resolved::Shared(statement, name))
     }
 
-    fn unknown(&mut self, name: &[u8], out: &mut BytesMut) -> Verdict {
-        let text = if name.is_empty() {
-            "unnamed prepared statement does not exist".to_owned()
-        } else {
-            format!("prepared statement \"{}\" does not exist", String::from_utf8_lossy(name))
-        };
+    fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
+        let text = "unnamed prepared statement does not exist";
         self.refuse_parse(PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
     }
 
@@ -559,12 +863,17 @@ impl Session {
         let kind = if header.tag == b'D' { "Describe" } else { "Close" };
         let (&what, rest) = frame[HEADER..].split_first().ok_or_else(|| malformed(kind))?;
         let (name, _) = cstr(rest).ok_or_else(|| malformed(kind))?;
-        let expect = if header.tag == b'D' { Expect::Describe(NO_STATEMENT) } else { Expect::Close };
+        let expect = if header.tag == b'D' { Expect::Describe(None) } else { Expect::Close };
         let Statements::Shared(max) = self.statements else {
             self.push_extended(expect);
             return Ok(Verdict::Forward);
         };
         if what != b'S' {
+            self.push_extended(expect);
+            return Ok(Verdict::Forward);
+        }
+        if header.tag == b'C' && self.by_sql.remove(name) {
+            self.residue.frees = true;
             self.push_extended(expect);
             return Ok(Verdict::Forward);
         }
@@ -580,16 +889,19 @@ impl Session {
             self.push_extended(expect);
             return Ok(Verdict::Forward);
         }
-        let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(name, out)) };
-        let mut shared = NO_STATEMENT;
+        let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
+        let mut shared = None;
+        if name.is_empty() {
+            self.bring_used(max, link, out);
+        }
         let verdict = match resolved {
-            Resolved::AsNamed => Verdict::Forward,
-            Resolved::Injected => {
+            Resolved::AsNamed if out.is_empty() => Verdict::Forward,
+            Resolved::AsNamed | Resolved::Injected => {
                 out.extend_from_slice(frame);
                 Verdict::Replace
             }
-            Resolved::Shared(statement) => {
-                shared = statement.id;
+            Resolved::Shared(statement, name) => {
+                shared = Some(Shared { id: statement.id, name });
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
             }
@@ -610,6 +922,33 @@ impl Session {
             .detail("pgusher passes on FunctionCall messages for large objects only.")
             .hint("Call the function in a SELECT.");
         self.refuse_query(error, out)
+    }
+
+    /// The server's error with the client's name for a statement in the place of ours.
+    fn rename_in_error(&self, frame: &[u8], out: &mut BytesMut) -> bool {
+        let (ours, name) = match self.expects.front() {
+            Some(Expect::Taken(taken)) => {
+                (format!("\"pgusher_{}\"", taken.by.id), String::from_utf8_lossy(&taken.by.name).into_owned())
+            }
+            Some(Expect::Bind(Some(shared)) | Expect::Describe(Some(shared))) => {
+                (format!("\"pgusher_{}\"", shared.id), String::from_utf8_lossy(&shared.name).into_owned())
+            }
+            Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
+                let mut shared = events.iter().filter_map(|e| Some((e.shared.as_ref()?.id, &e.name)));
+                let text = String::from_utf8_lossy(frame);
+                let found = shared.find(|(id, _)| text.contains(&format!("\"pgusher_{id}\"")));
+                let Some((id, name)) = found else { return false };
+                (format!("\"pgusher_{id}\""), String::from_utf8_lossy(name).into_owned())
+            }
+            _ => return false,
+        };
+        let mut error = server_error(&frame[HEADER..]);
+        if !error.message.contains(&ours) {
+            return false;
+        }
+        error.message = error.message.replace(&ours, &format!("\"{name}\""));
+        message::error_response(out, &error);
+        true
     }
 
     /// Lets the server reject a Query in the place of what the client sent.
@@ -652,6 +991,8 @@ impl Session {
     pub fn needs_of_server(header: Header, limit: usize) -> usize {
         match header.tag {
             b'Z' | b'C' | b'E' | b'S' => header.total.min(limit),
+            // Bounded by the server: 8,000 bytes and a name.
+            b'A' => header.total.min(MAX_NOTIFICATION),
             _ => HEADER,
         }
     }
@@ -677,21 +1018,30 @@ impl Session {
                 Ok(Verdict::Forward)
             }
             b'Z' => self.ready(frame),
-            b'C' => {
-                self.complete(frame, prepared);
-                Ok(Verdict::Forward)
-            }
+            b'C' => Ok(self.complete(frame, prepared)),
             b'I' | b's' => {
-                if matches!(self.expects.front(), Some(Expect::Execute)) {
+                if matches!(self.expects.front(), Some(Expect::Execute(_))) {
                     self.take();
                 }
                 Ok(Verdict::Forward)
+            }
+            b'1' | b'2' | b'3' if matches!(self.expects.front(), Some(Expect::InjectedStep(tag)) if *tag == header.tag) =>
+            {
+                self.take();
+                Ok(Verdict::Swallow)
             }
             b'1' => match self.take() {
                 Some(Expect::Parse(parsed)) => {
                     if let Some(parsed) = parsed {
                         parsed.statement.accepted.store(true, Ordering::Relaxed);
                     }
+                    Ok(Verdict::Forward)
+                }
+                Some(Expect::Checked(_)) => Ok(Verdict::Forward),
+                Some(Expect::Taken(taken)) => {
+                    // The name became free in the same group of messages. What follows uses it as it is now on the server.
+                    prepared.squat(taken.by.id);
+                    self.named.insert(taken.by.name, taken.statement);
                     Ok(Verdict::Forward)
                 }
                 Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
@@ -723,17 +1073,56 @@ impl Session {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
-        self.pop(|e| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_)), b'Z')
+        match self.take() {
+            Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
+            Some(expect) if ends_by_itself(&expect) => Ok(Verdict::Forward),
+            _ => Err(Desync(b'Z')),
+        }
     }
 
-    fn complete(&mut self, frame: &[u8], prepared: &mut Prepared) {
+    fn complete(&mut self, frame: &[u8], prepared: &mut Prepared) -> Verdict {
         let tag = cstr(&frame[HEADER..]).map_or(&frame[HEADER..], |(tag, _)| tag);
-        if matches!(tag, b"DISCARD ALL" | b"DEALLOCATE ALL") {
-            self.named.clear();
-            prepared.clear();
+        match self.expects.front_mut() {
+            Some(Expect::InjectedQuery) => return Verdict::Swallow,
+            Some(Expect::InjectedStep(_)) => {
+                self.take();
+                return Verdict::Swallow;
+            }
+            Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) if is_about_names(tag) => {
+                if let Some(event) = events.pop_front() {
+                    self.carry_out(event, prepared);
+                }
+            }
+            _ => {}
         }
-        if matches!(self.expects.front(), Some(Expect::Execute)) {
+        match tag {
+            b"DISCARD ALL" | b"DEALLOCATE ALL" => {
+                self.named.clear();
+                self.by_sql.clear();
+                prepared.clear();
+            }
+            _ => {}
+        }
+        if matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && prepared.sequences_of == Some(self.client) {
+            prepared.sequences_of = None;
+            self.residue.asks |= self.asks;
+        }
+        if matches!(self.expects.front(), Some(Expect::Execute(_))) {
             self.take();
+        }
+        Verdict::Forward
+    }
+
+    /// A statement about a name has been carried out.
+    fn carry_out(&mut self, event: Event, prepared: &mut Prepared) {
+        match (event.verb, event.shared) {
+            (Verb::Prepare, _) => drop(self.by_sql.insert(event.name)),
+            (Verb::Deallocate, Some(statement)) => {
+                prepared.remove(statement.id);
+                self.named.remove(&event.name[..]);
+            }
+            (Verb::Deallocate, None) => drop(self.by_sql.remove(&event.name)),
+            (Verb::Execute, _) => {}
         }
     }
 
@@ -743,40 +1132,64 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
-        if let Some(&Expect::Bind(id) | &Expect::Describe(id)) = self.expects.front()
-            && id != NO_STATEMENT
+        if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
+            self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
         {
             // "cached plan must not change result type": a table has changed under it. On a server the client would
             // prepare again under another name; that must not bring it back to this one.
-            prepared.outdate(id);
+            prepared.outdate(*id);
         }
         let verdict = match self.expects.front() {
             Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
                 message::error_response(out, error);
                 Verdict::Instead
             }
+            // What the client said comes behind it, and fails by itself.
+            Some(Expect::InjectedQuery) => Verdict::Swallow,
+            Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
+            _ if self.rename_in_error(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
-        let ends_by_itself =
-            |e: &Expect| matches!(e, Expect::Query | Expect::Sync | Expect::Function | Expect::RefusedQuery(_));
         if self.expects.front().is_none_or(ends_by_itself) {
             // With nothing outstanding it can only be the server's farewell.
             self.failed |= self.expects.is_empty() && self.open_group;
             return verdict;
         }
-        loop {
-            match self.expects.front() {
-                Some(Expect::Sync) => return verdict,
-                None => break,
-                Some(_) => {}
-            }
-            if let Some(skipped) = self.take() {
-                self.undo(skipped, prepared);
-            }
+        let mut skipped = Vec::new();
+        while !matches!(self.expects.front(), None | Some(Expect::Sync | Expect::InjectedSync)) {
+            skipped.extend(self.take());
         }
-        self.failed = true;
+        self.failed |= self.expects.is_empty();
+        // What was noted last goes first: a name may have been given and taken away.
+        for skipped in skipped.into_iter().rev() {
+            self.undo(skipped, prepared);
+        }
         verdict
+    }
+
+    /// Whether the frame has to wait until the server has answered what came before: it may name a statement of which is
+    /// not known yet whether an earlier group of messages, still under way, has prepared or closed it.
+    #[inline]
+    pub fn must_wait(&self, header: Header) -> bool {
+        if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
+            return false;
+        }
+        let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
+        let in_doubt = |e: &Expect| match e {
+            Expect::Parse(undo) => undo.is_some(),
+            Expect::Query(events) | Expect::Execute(events) => events.is_some(),
+            Expect::Injected(_) | Expect::InjectedClose | Expect::OurParse(_) | Expect::OurClose(_) => true,
+            Expect::Taken(_) | Expect::Checked(_) => true,
+            _ => false,
+        };
+        self.expects.iter().take(last + 1).any(in_doubt)
+    }
+
+    /// Whether the Parse of ours that is answered now is for a Query.
+    fn brings_to_query(&self) -> bool {
+        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose);
+        matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
     }
 
     /// Takes back what was noted when a message was sent that the server has not carried out.
@@ -784,15 +1197,16 @@ impl Session {
         match skipped {
             Expect::Parse(Some(undo)) => {
                 prepared.remove(undo.statement.id);
-                self.named.remove(&undo.name);
+                self.named.remove(&undo.name[..]);
             }
-            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) => {
+            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) | Expect::Taken(_) => {
                 prepared.unnamed = None;
                 self.unnamed = None;
             }
             Expect::Injected(id) => prepared.remove(id),
+            Expect::Checked(name) => drop(self.named.remove(&name)),
             Expect::OurParse(name) => {
-                self.named.remove(&name);
+                self.named.remove(&name[..]);
             }
             Expect::OurClose(Some(closed)) => {
                 self.named.insert(closed.0, closed.1);
@@ -817,11 +1231,22 @@ impl Session {
     }
 }
 
+/// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.
+fn ends_by_itself(expect: &Expect) -> bool {
+    use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
+    matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
+}
+
+/// Whether a statement with this tag has to do with a name of a prepared statement.
+fn is_about_names(tag: &[u8]) -> bool {
+    matches!(tag, b"PREPARE" | b"DEALLOCATE")
+}
+
 enum Resolved {
     /// The name means the same to the server.
     AsNamed,
-    /// Under a name of ours.
-    Shared(Arc<Statement>),
+    /// Under a name of ours, and the client's.
+    Shared(Arc<Statement>, Arc<[u8]>),
     /// The unnamed statement was parsed again; the output holds its Parse.
     Injected,
 }

@@ -5,16 +5,32 @@
 //! server afterwards, which knows about rollbacks, savepoints and every spelling. Whatever else the text does is
 //! [`Residue::unknown`], and then the server is asked what it holds for the session.
 
+use super::lex;
 use crate::pool::residue::Residue;
 
 /// What running this text may leave behind.
 pub fn look(sql: &[u8]) -> Residue {
-    let Some(tokens) = tokens(sql) else { return Residue::anything() };
     let mut residue = Residue::none();
-    for statement in tokens.split(|token| *token == Token::Symbol(b';')) {
-        residue.merge(&statement_residue(statement));
+    match tokens(sql) {
+        Some(tokens) => {
+            for statement in tokens.split(|token| *token == Token::Symbol(b';')) {
+                residue.merge(&statement_residue(statement));
+            }
+        }
+        None => residue = Residue::anything(),
+    }
+    if residue.unknown {
+        // It can be anywhere in what was not understood.
+        residue.asks |= mentions(sql, b"currval") || mentions(sql, b"lastval");
+        residue.seeds |= mentions(sql, b"seed");
+        residue.parameters.clear();
+        (residue.resets, residue.frees) = (true, true);
     }
     residue
+}
+
+fn mentions(sql: &[u8], word: &[u8]) -> bool {
+    sql.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -26,6 +42,7 @@ enum Token<'a> {
     /// A string literal without escapes.
     Text(&'a str),
     Number,
+    Parameter(u16),
     Symbol(u8),
 }
 
@@ -42,9 +59,9 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     while let Some(&byte) = sql.get(at) {
         let rest = &sql[at..];
         match byte {
-            b if b.is_ascii_whitespace() => at += 1,
-            b'-' if rest.starts_with(b"--") => at += rest.iter().position(|&b| b == b'\n').unwrap_or(rest.len()),
-            b'/' if rest.starts_with(b"/*") => at += comment(rest)?,
+            b if lex::is_space(b) => at += 1,
+            b'-' if rest.starts_with(b"--") => at = lex::skip_space(sql, at),
+            b'/' if rest.starts_with(b"/*") => at = comment_end(sql, at)?,
             b'\'' | b'"' => {
                 let end = rest[1..].iter().position(|&b| b == byte)? + 1;
                 let body = std::str::from_utf8(&rest[1..end]).ok()?;
@@ -56,8 +73,9 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
                 at += end + 1;
             }
             b'$' if rest.get(1).is_some_and(u8::is_ascii_digit) => {
-                at += 1 + rest[1..].iter().take_while(|b| b.is_ascii_digit()).count();
-                tokens.push(Token::Number);
+                let end = 1 + rest[1..].iter().take_while(|b| b.is_ascii_digit()).count();
+                tokens.push(Token::Parameter(std::str::from_utf8(&rest[1..end]).ok()?.parse().ok()?));
+                at += end;
             }
             b'$' => return None,
             b'0'..=b'9' => {
@@ -84,27 +102,31 @@ fn tokens(sql: &[u8]) -> Option<Vec<Token<'_>>> {
     Some(tokens)
 }
 
-fn comment(rest: &[u8]) -> Option<usize> {
-    let (mut at, mut depth) = (2, 1);
-    while depth > 0 {
-        match (rest.get(at)?, rest.get(at + 1)) {
-            (b'*', Some(b'/')) => (depth, at) = (depth - 1, at + 2),
-            (b'/', Some(b'*')) => (depth, at) = (depth + 1, at + 2),
-            _ => at += 1,
-        }
-    }
-    Some(at)
+/// Where the comment ends; `None` if it does not.
+fn comment_end(sql: &[u8], at: usize) -> Option<usize> {
+    let end = lex::comment_end(sql, at);
+    sql[..end].ends_with(b"*/").then_some(end)
 }
 
 fn statement_residue(tokens: &[Token<'_>]) -> Residue {
     let Some(Token::Word(first)) = tokens.first() else {
         return if tokens.is_empty() { Residue::none() } else { Residue::anything() };
     };
-    let named = |names: &[&str]| Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false };
+    let named = Residue::named;
+    let frees = Residue { frees: true, ..Residue::none() };
     match first.as_str() {
+        "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release" | "show" | "fetch"
+        | "move" | "lock" => Residue::none(),
+        "drop" | "close" | "unlisten" | "deallocate" => frees,
+        "discard" => match tokens.get(1) {
+            Some(what) if what.is("plans") => Residue::none(),
+            Some(what) if what.is("all") => Residue { resets: true, ..frees },
+            _ => frees,
+        },
         "set" => set(&tokens[1..]).unwrap_or_else(Residue::anything),
         "reset" => match &tokens[1..] {
             [Token::Word(a), Token::Word(b)] if a == "time" && b == "zone" => named(&["timezone"]),
+            [Token::Word(all)] if all == "all" => Residue { resets: true, ..Residue::none() },
             [Token::Word(name), rest @ ..] if name != "all" && name != "role" && name != "session" => {
                 setting_name(&tokens[1..])
                     .filter(|(_, n)| n.is_empty() || rest.is_empty())
@@ -120,8 +142,7 @@ fn statement_residue(tokens: &[Token<'_>]) -> Residue {
 
 /// What comes behind SET.
 fn set(tokens: &[Token<'_>]) -> Option<Residue> {
-    let named =
-        |names: &[&str]| Some(Residue { settings: names.iter().map(|n| (*n).into()).collect(), unknown: false });
+    let named = |names: &[&str]| Some(Residue::named(names));
     let words: Vec<&str> =
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
     match words.as_slice() {
@@ -130,7 +151,8 @@ fn set(tokens: &[Token<'_>]) -> Option<Residue> {
         ["session", "characteristics", ..] => {
             named(&["default_transaction_isolation", "default_transaction_read_only", "default_transaction_deferrable"])
         }
-        ["role" | "seed", ..] | ["session", "authorization" | "role", ..] => None,
+        ["seed", ..] => Some(Residue { seeds: true, ..Residue::none() }),
+        ["role", ..] | ["session", "authorization" | "role", ..] => None,
         ["session", ..] => set(&tokens[1..]),
         ["time", "zone", ..] => named(&["timezone"]),
         ["names", ..] => named(&["client_encoding"]),
@@ -179,7 +201,15 @@ fn calls(tokens: &[Token<'_>]) -> Residue {
             ("set_config", Some(Token::Text(name))) if !qualified || in_catalog => {
                 residue.settings.push(name.to_ascii_lowercase().into());
             }
+            ("set_config", Some(Token::Parameter(parameter))) if !qualified || in_catalog => {
+                residue.parameters.push(*parameter);
+            }
             _ if behind_into => {}
+            ("currval" | "lastval", _) if !qualified || in_catalog => residue.asks = true,
+            ("setseed", _) if !qualified || in_catalog => residue.seeds = true,
+            ("pg_advisory_unlock" | "pg_advisory_unlock_shared" | "pg_advisory_unlock_all", _) if !qualified => {
+                residue.frees = true;
+            }
             (word, _) if (!qualified || in_catalog) && super::scan::is_harmless_call(word.as_bytes()) => {}
             _ => return Residue::anything(),
         }
@@ -224,16 +254,39 @@ mod tests {
     }
 
     #[test]
+    fn what_takes_away_needs_no_question_unless_there_is_something() {
+        let (resets, frees) = ((true, false), (false, true));
+        for (sql, (expect_resets, expect_frees)) in [
+            ("RESET ALL", resets),
+            ("DISCARD ALL", (true, true)),
+            ("DISCARD TEMP", frees),
+            ("DEALLOCATE a", frees),
+            ("SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;", (true, true)),
+            ("BEGIN; DROP TABLE t; COMMIT", frees),
+            ("DISCARD PLANS", (false, false)),
+        ] {
+            let residue = look(sql.as_bytes());
+            assert!(!residue.unknown && residue.settings.is_empty(), "{sql}");
+            assert_eq!((residue.resets, residue.frees), (expect_resets, expect_frees), "{sql}");
+        }
+        assert!(
+            look(b"select setseed(0.5)").seeds
+                && look(b"set seed to 1").seeds
+                && look(b"select $$$$, setseed(1)").seeds
+        );
+        assert!(look(b"select currval('a')").asks && look(b"select my(LastVal())").asks);
+    }
+
+    #[test]
     fn whatever_is_hard_to_read_may_do_anything() {
         for sql in [
             "SET ROLE x",
             "SET SESSION AUTHORIZATION x",
-            "RESET ALL",
             "RESET ROLE",
-            "DISCARD ALL",
             "SELECT my_function()",
             "SELECT set_config(a, b, false) from t",
             "SELECT set_config(E'a', 'b', false)",
+            "SELECT 1; LISTEN a",
             "SET U&\"x\" = 1",
             "DO $$ $$",
             "CALL p()",
@@ -249,7 +302,6 @@ mod tests {
             "SELECT 'a\\' || 'b'",
             "/* ",
             "'",
-            "set seed to 1",
         ] {
             assert!(look(sql.as_bytes()).unknown, "{sql}");
         }

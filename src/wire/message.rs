@@ -359,6 +359,28 @@ pub fn backend_key_data(buf: &mut BytesMut, process_id: i32, secret_key: &[u8]) 
     });
 }
 
+/// NotificationResponse; `text` is channel and payload, each with its NUL.
+pub fn notification_response(buf: &mut BytesMut, process_id: i32, text: &[u8]) {
+    put_message(buf, b'A', |b| {
+        b.put_i32(process_id);
+        b.extend_from_slice(text);
+    });
+}
+
+/// Reads a NotificationResponse: process id, channel, and channel with payload as in the message.
+///
+/// # Errors
+/// It is none.
+pub fn read_notification(body: &[u8]) -> Result<(u32, &[u8], &[u8]), Malformed> {
+    let mut cursor = Cursor::new(body);
+    let pid = cursor.i32()?.cast_unsigned();
+    let text = &body[4..];
+    let channel = cursor.cstr()?;
+    cursor.cstr()?;
+    cursor.finish()?;
+    Ok((pid, channel, text))
+}
+
 /// ReadyForQuery with transaction status `I`, `T` or `E`.
 pub fn ready_for_query(buf: &mut BytesMut, status: u8) {
     put_message(buf, backend::READY_FOR_QUERY, |b| b.put_u8(status));
@@ -455,6 +477,33 @@ pub fn query(buf: &mut BytesMut, sql: &str) {
     put_message(buf, frontend::QUERY, |b| put_cstr(b, sql.as_bytes()));
 }
 
+/// Query of a text that need not be UTF-8.
+pub fn query_bytes(buf: &mut BytesMut, sql: &[u8]) {
+    put_message(buf, frontend::QUERY, |b| put_cstr(b, sql));
+}
+
+/// Bind without parameters, results as text.
+pub fn bind(buf: &mut BytesMut, portal: &[u8], statement: &[u8]) {
+    put_message(buf, frontend::BIND, |b| {
+        put_cstr(b, portal);
+        put_cstr(b, statement);
+        b.put_slice(&[0; 6]);
+    });
+}
+
+/// Execute, to its end.
+pub fn execute(buf: &mut BytesMut, portal: &[u8]) {
+    put_message(buf, frontend::EXECUTE, |b| {
+        put_cstr(b, portal);
+        b.put_u32(0);
+    });
+}
+
+/// Sync
+pub fn sync(buf: &mut BytesMut) {
+    put_message(buf, frontend::SYNC, |_| {});
+}
+
 /// Parse. `types` is the rest of the body as the client sent it: the count and the OIDs.
 pub fn parse(buf: &mut BytesMut, name: &[u8], sql: &[u8], types: &[u8]) {
     put_message(buf, frontend::PARSE, |b| {
@@ -486,11 +535,6 @@ pub fn close(buf: &mut BytesMut, kind: u8, name: &[u8]) {
         b.put_u8(kind);
         put_cstr(b, name);
     });
-}
-
-/// Sync
-pub fn sync(buf: &mut BytesMut) {
-    put_message(buf, frontend::SYNC, |_| {});
 }
 
 /// Terminate

@@ -17,6 +17,7 @@ mod copy;
 mod demo;
 mod drain;
 mod failures;
+mod notify;
 mod pooling;
 mod provisioning;
 mod startup;

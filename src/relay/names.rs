@@ -1,0 +1,102 @@
+//! Names of prepared statements in SQL text: `PREPARE`, `EXECUTE`, `DEALLOCATE`. No I/O.
+//!
+//! What a client has prepared by the protocol is on the server under a name of ours. SQL that names it gets our name in
+//! the place of the client's; everything else of the text stays as it is.
+
+use std::ops::Range;
+
+use super::lex::{self, Lex, Token};
+
+/// What a statement does with the name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// `PREPARE name`
+    Prepare,
+    /// `EXECUTE name`
+    Execute,
+    /// `DEALLOCATE name`
+    Deallocate,
+}
+
+/// A name of a prepared statement in a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Use {
+    /// What is done.
+    pub verb: Verb,
+    /// The name, without quotes and folded as the server does.
+    pub name: Box<[u8]>,
+    /// Where it stands.
+    pub at: Range<usize>,
+}
+
+/// All of them, in order.
+pub fn uses(sql: &[u8], lex: Lex) -> Vec<Use> {
+    let tokens = lex::spans(&lex.narrow(sql), lex);
+    let statements = tokens.split(|(token, _)| *token == Token::Sign(b';'));
+    statements.filter_map(in_statement).collect()
+}
+
+fn in_statement(tokens: &[(Token, Range<usize>)]) -> Option<Use> {
+    let word = |at: usize| match tokens.get(at) {
+        Some((Token::Word(word), _)) => word.as_str(),
+        _ => "",
+    };
+    let (verb, at) = match (word(0), word(1)) {
+        ("prepare", second) if second != "transaction" => (Verb::Prepare, 1),
+        ("execute", _) => (Verb::Execute, 1),
+        ("deallocate", "prepare") if tokens.len() > 2 => (Verb::Deallocate, 2),
+        ("deallocate", _) => (Verb::Deallocate, 1),
+        _ => return None,
+    };
+    // ALL is no name, unless in quotes.
+    let (token, span) = tokens.get(at).filter(|(token, _)| !(verb == Verb::Deallocate && token.is("all")))?;
+    Some(Use { verb, name: token.name()?.as_bytes().into(), at: span.clone() })
+}
+
+/// The text with other names where `ours` has one.
+pub fn rename<'a>(sql: &[u8], uses: &[Use], ours: impl Fn(&Use) -> Option<&'a [u8]>) -> Vec<u8> {
+    let (mut text, mut from) = (Vec::with_capacity(sql.len() + 16), 0);
+    for found in uses {
+        let Some(name) = ours(found) else { continue };
+        text.extend_from_slice(&sql[from..found.at.start]);
+        text.extend_from_slice(name);
+        from = found.at.end;
+    }
+    text.extend_from_slice(&sql[from..]);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_every_spelling() {
+        for (sql, expected) in [
+            ("DEALLOCATE \"_pg3_0\"", "Deallocate _pg3_0"),
+            ("deallocate prepare Abc;", "Deallocate abc"),
+            ("DEALLOCATE ALL", ""),
+            ("DEALLOCATE prepare all", ""),
+            ("DEALLOCATE \"all\"", "Deallocate all"),
+            ("DEALLOCATE prepare", "Deallocate prepare"),
+            ("/* x */ EXECUTE\n\"a\"\"b\" (1, 'x;y')", "Execute a\"b"),
+            ("SELECT 1; PREPARE a (int) AS SELECT ';'; EXECUTE a(1)", "Prepare a Execute a"),
+            ("PREPARE TRANSACTION 'x'", ""),
+            ("SELECT 'EXECUTE a'", ""),
+            ("EXECUTE", ""),
+        ] {
+            let found = uses(sql.as_bytes(), Lex::default());
+            let shown: Vec<String> =
+                found.iter().map(|u| format!("{:?} {}", u.verb, String::from_utf8_lossy(&u.name))).collect();
+            assert_eq!(shown.join(" "), expected, "{sql}");
+        }
+    }
+
+    #[test]
+    fn only_the_names_are_replaced() {
+        let sql = b"SELECT 'a'; EXECUTE \"a\" ('a'); deallocate a; EXECUTE b";
+        let ours = |found: &Use| (*found.name == *b"a").then_some(&b"ours_1"[..]);
+        let text = rename(sql, &uses(sql, Lex::default()), ours);
+        assert_eq!(text, b"SELECT 'a'; EXECUTE ours_1 ('a'); deallocate ours_1; EXECUTE b");
+    }
+}

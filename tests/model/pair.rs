@@ -1,0 +1,296 @@
+//! The same session twice: on a server, and through the proxy to another server that is just like it.
+
+use std::sync::Arc;
+
+use pgusher::config::PoolMode;
+use pgusher::tenant::Plan;
+use pgusher::tenant::credential::server_password;
+
+use crate::postgres::Cluster;
+use crate::raw::{Batch, Message, Raw};
+use crate::script::{Dice, Known, Op, Script, Step};
+use crate::world::{APP_PASSWORD, SECRET, World};
+
+/// Server connections of each tenant.
+const CONNECTIONS: usize = 3;
+/// Clients of each tenant.
+pub(crate) const CLIENTS: usize = 5;
+/// Steps of a case.
+const STEPS: usize = 60;
+
+/// Two servers, each with a proxy in front; of the first one only the server is used.
+pub(crate) struct Pair {
+    direct: World,
+    auto: World,
+}
+
+/// Where the two were not the same.
+#[derive(Debug)]
+pub(crate) struct Difference {
+    at: usize,
+    direct: String,
+    auto: String,
+}
+
+/// A case that went wrong.
+pub(crate) struct Failure {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) difference: Difference,
+}
+
+struct Couple {
+    direct: Raw,
+    auto: Raw,
+    parameters: Vec<(&'static str, &'static str)>,
+}
+
+impl Pair {
+    pub(crate) async fn start() -> Self {
+        let start = async || {
+            World::with_clusters(vec![Arc::new(Cluster::start())], |config| {
+                config.pool.pool_mode = PoolMode::Auto;
+                config.pool.default_pool_size = CONNECTIONS;
+                config.pool.query_wait_timeout = std::time::Duration::from_secs(1);
+            })
+            .await
+        };
+        Self { direct: start().await, auto: start().await }
+    }
+
+    /// What every case of a tenant starts with.
+    pub(crate) async fn prepare(&self, tenant: &str) {
+        for world in [&self.direct, &self.auto] {
+            let mut raw = world.raw(tenant).await;
+            let mut sql = "CREATE TABLE notes (id serial, note text); CREATE SEQUENCE numbers; \
+                CREATE FUNCTION f_set(text, text) RETURNS text LANGUAGE sql AS 'SELECT set_config($1, $2, false)'; \
+                CREATE FUNCTION f_temp() RETURNS void LANGUAGE plpgsql AS 'BEGIN CREATE TEMP TABLE tmp_f (x int); END'; \
+                CREATE FUNCTION f_note() RETURNS void LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE ''note''; END';"
+                .to_owned();
+            for client in 0..CLIENTS {
+                sql.push_str(&format!("CREATE TABLE own_{client} (k int PRIMARY KEY, v text);"));
+            }
+            let said = raw.query(&sql).await;
+            assert!(said.iter().all(|m| m.tag != b'E'), "{said:?}");
+            raw.terminate().await;
+        }
+    }
+
+    async fn reset(&self, tenant: &str) {
+        for world in [&self.direct, &self.auto] {
+            let admin = world.cluster().admin("tenants").await;
+            let mut sql = format!(
+                "SET search_path = \"{tenant}\"; TRUNCATE notes RESTART IDENTITY; \
+                SELECT setval('numbers', 1, false); SELECT setval('notes_id_seq', 1, false);"
+            );
+            for client in 0..CLIENTS {
+                sql.push_str(&format!("TRUNCATE own_{client}; INSERT INTO own_{client} VALUES (1, 'a'), (2, 'b');"));
+            }
+            admin.batch_execute(&sql).await.unwrap();
+        }
+    }
+
+    async fn couple(&self, tenant: &str, parameters: &[(&'static str, &'static str)]) -> Couple {
+        let path = Plan::search_path(tenant);
+        let mut all = vec![("user", tenant), ("database", "tenants"), ("search_path", &*path)];
+        all.extend_from_slice(parameters);
+        let password = server_password(SECRET, tenant);
+        let direct = Raw::login(self.direct.cluster().port(), &all, &password).await.unwrap();
+        let user = format!("app.{tenant}");
+        let mut all = vec![("user", &*user), ("database", tenant)];
+        all.extend_from_slice(parameters);
+        let auto = Raw::login(self.auto.port, &all, APP_PASSWORD).await.unwrap();
+        Couple { direct, auto, parameters: parameters.to_vec() }
+    }
+
+    /// Runs the case of a seed.
+    pub(crate) async fn case(&self, tenant: &str, seed: u64) -> Result<usize, Failure> {
+        let mut script = Script { dice: Dice::new(seed), holders: CONNECTIONS - 1, asks: false, pins: false };
+        let odd = script.dice.below(CLIENTS * 2);
+        self.reset(tenant).await;
+        let mut couples = Vec::new();
+        for client in 0..CLIENTS {
+            couples.push(self.couple(tenant, parameters(client, odd)).await);
+        }
+        let mut known = vec![Known::default(); CLIENTS];
+        let (mut steps, mut statements) = (Vec::new(), 0);
+        // One client in every other case uses sequences.
+        let asks = script.dice.below(CLIENTS * 2);
+        for at in 0..STEPS {
+            let step = if at == 0 && asks < CLIENTS { Step::first_ask(asks) } else { script.step(&known) };
+            steps.push(step.clone());
+            statements += step.statements;
+            let couple = &mut couples[step.client];
+            if let Err(difference) = couple.run(&step, at, &mut known[step.client]).await {
+                return Err(Failure { steps, difference });
+            }
+        }
+        for couple in couples {
+            couple.direct.terminate().await;
+            couple.auto.terminate().await;
+        }
+        Ok(statements)
+    }
+
+    /// Runs steps that went wrong again, perhaps fewer of them.
+    async fn replay(&self, tenant: &str, seed: u64, steps: &[Step]) -> Option<Difference> {
+        let odd = Dice::new(seed).below(CLIENTS * 2);
+        self.reset(tenant).await;
+        let mut couples = Vec::new();
+        for client in 0..CLIENTS {
+            couples.push(self.couple(tenant, parameters(client, odd)).await);
+        }
+        let mut known = vec![Known::default(); CLIENTS];
+        for (at, step) in steps.iter().enumerate() {
+            if let Err(difference) = couples[step.client].run(step, at, &mut known[step.client]).await {
+                // Nobody is to wait for a server connection: that would be another failure.
+                return (!difference.auto.contains("53300")).then_some(difference);
+            }
+        }
+        None
+    }
+
+    /// The failure with as few steps as still show it.
+    pub(crate) async fn shrink(&self, tenant: &str, seed: u64, failure: Failure) -> Failure {
+        let mut best = failure;
+        let mut size = best.steps.len() / 2;
+        let began = std::time::Instant::now();
+        while size > 0 {
+            let mut from = 0;
+            while from < best.steps.len() && began.elapsed().as_secs() < 60 {
+                let mut fewer = best.steps.clone();
+                fewer.drain(from..(from + size).min(fewer.len()));
+                match self.replay(tenant, seed, &fewer).await {
+                    Some(difference) => {
+                        fewer.truncate(difference.at + 1);
+                        best = Failure { steps: fewer, difference };
+                    }
+                    None => from += size,
+                }
+            }
+            size /= 2;
+        }
+        best
+    }
+}
+
+/// Some clients have startup settings of their own.
+fn parameters(client: usize, odd: usize) -> &'static [(&'static str, &'static str)] {
+    match client {
+        _ if client == odd => &[("TimeZone", "Asia/Tokyo"), ("options", "-c work_mem=5MB")],
+        1 => &[("application_name", "one")],
+        _ => &[],
+    }
+}
+
+impl Couple {
+    async fn run(&mut self, step: &Step, at: usize, known: &mut Known) -> Result<(), Difference> {
+        let (direct, auto) = tokio::join!(say(&mut self.direct, &step.ops), say(&mut self.auto, &step.ops));
+        let params = |raw: &Raw| format!("{:?}", raw.params);
+        if direct != auto {
+            return Err(Difference { at, direct: direct.join(" "), auto: auto.join(" ") });
+        }
+        if params(&self.direct) != params(&self.auto) {
+            return Err(Difference { at, direct: params(&self.direct), auto: params(&self.auto) });
+        }
+        known.in_transaction = direct.last().is_some_and(|last| last != "Z(I)");
+        let text = format!("{:?}", step.ops).to_lowercase();
+        known.asks |= text.contains("lastval");
+        known.seeded |= text.contains("seed");
+        known.may_be_pinned |= known.asks || step.pins;
+        if direct.iter().any(|m| m == "C(DISCARD ALL)") && direct.len() == 2 && !known.asks && !known.seeded {
+            known.may_be_pinned = false;
+        }
+        let _ = &self.parameters;
+        Ok(())
+    }
+}
+
+/// Says it, and hears the answers in a comparable form.
+async fn say(raw: &mut Raw, ops: &[Op]) -> Vec<String> {
+    let mut heard = Vec::new();
+    let mut batch = Batch::default();
+    let mut ready = 0;
+    for op in ops {
+        match op {
+            Op::Query(sql) => batch.query(sql),
+            Op::Parse(name, sql) => batch.parse(name, sql),
+            Op::Bind(name, values) => {
+                let values: Vec<&str> = values.iter().map(|v| &**v).collect();
+                batch.bind("", name, &values);
+            }
+            Op::DescribeStatement(name) => batch.describe(b'S', name),
+            Op::DescribePortal => batch.describe(b'P', ""),
+            Op::Execute => batch.execute(""),
+            Op::CloseStatement(name) => batch.close(b'S', name),
+            Op::Sync => batch.sync(),
+            Op::Flush => {
+                batch.flush();
+                raw.send(&std::mem::take(&mut batch).0).await;
+                hear(raw, &mut heard, |m| matches!(m.tag, b'T' | b'n' | b'E' | b'Z')).await;
+            }
+            Op::CopyData(data) => batch.copy_data(data.as_bytes()),
+            Op::CopyDone => batch.copy_done(),
+            Op::CopyFail => batch.message(b'f', b"no more\0"),
+        }
+        ready += usize::from(matches!(op, Op::Query(_) | Op::Sync));
+    }
+    raw.send(&batch.0).await;
+    while ready > 0 {
+        hear(raw, &mut heard, |m| m.tag == b'Z').await;
+        ready -= 1;
+    }
+    heard
+}
+
+async fn hear(raw: &mut Raw, heard: &mut Vec<String>, last: impl Fn(&Message) -> bool) {
+    loop {
+        let Some(message) = raw.next().await else {
+            heard.push("closed".to_owned());
+            return;
+        };
+        if message.tag != b'S' {
+            heard.push(comparable(&message));
+        }
+        if last(&message) {
+            return;
+        }
+    }
+}
+
+fn comparable(message: &Message) -> String {
+    let body = &message.body;
+    match message.tag {
+        b'D' => format!("D({})", message.values().join(",")),
+        b'C' => format!("C({})", String::from_utf8_lossy(&body[..body.len() - 1])),
+        b'E' | b'N' => {
+            let [severity, code, text] = [b'S', b'C', b'M'].map(|field| message.field(field));
+            format!("{}({severity} {code} {text})", char::from(message.tag))
+        }
+        b'Z' => format!("Z({})", char::from(body[0])),
+        b'T' => format!("T({})", columns(body)),
+        b'd' => format!("d({})", String::from_utf8_lossy(body)),
+        b't' => format!("t({body:?})"),
+        tag => char::from(tag).to_string(),
+    }
+}
+
+/// Names and types; a table's number is not the same everywhere.
+fn columns(body: &[u8]) -> String {
+    let (mut rest, mut shown) = (&body[2..], Vec::new());
+    while let Some(end) = rest.iter().position(|&b| b == 0) {
+        let kind = u32::from_be_bytes(rest[end + 7..end + 11].try_into().unwrap());
+        shown.push(format!("{}:{kind}", String::from_utf8_lossy(&rest[..end])));
+        rest = &rest[end + 19..];
+    }
+    shown.join(",")
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (at, step) in self.steps.iter().enumerate() {
+            writeln!(f, "  {at:3} client {}: {:?}", step.client, step.ops)?;
+        }
+        let Difference { direct, auto, .. } = &self.difference;
+        writeln!(f, "  direct: {direct}\n  auto:   {auto}")
+    }
+}
