@@ -11,6 +11,8 @@
 #   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
 #   make bench-guard  what the guard costs, with it on and off in one run (release build)
 #   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
+#   make simulate     500,000 tenants on 50 shards, simulated: tables, and the plot of docs/scale.md
+#   make soak         an hour of everything at once (MINUTES=5 for less)
 #   make test-model   random sessions direct and through auto, every answer compared (STATEMENTS=1000000 SEED=1 JOBS=2)
 #   make test-suites  other projects' own tests, direct and through auto (SUITES=psycopg2,asyncpg; downloads them)
 #   make test-webload a hundred clients that think, on a few server connections
@@ -30,7 +32,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload fuzz bench bench-guard lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload fuzz bench bench-guard simulate soak lint clean
 
 all: build
 
@@ -149,6 +151,16 @@ bench:
 	$(DEPS) build server tools
 	$(CARGO) build --locked --release --bin pgusher
 	benches/pgbench.py $(BENCH)
+
+simulate:
+	$(CARGO) bench --locked --bench simulate
+
+MINUTES ?= 60
+
+soak:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --release --bin pgusher
+	benches/soak.py --minutes $(MINUTES)
 
 # Prints its seed, and a failing case with as few steps as show it; CASE=<seed of a case> runs that one alone.
 STATEMENTS ?= 1000000

@@ -29,9 +29,14 @@ fn session_prepared(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| case.run());
 }
 
-#[divan::bench(args = [cases::SELECT, cases::LONG])]
-fn scan(sql: &str) -> bool {
-    cases::scan(sql)
+#[divan::bench]
+fn scan_short() -> bool {
+    cases::scan(cases::SELECT)
+}
+
+#[divan::bench]
+fn scan_long() -> bool {
+    cases::scan(cases::LONG)
 }
 
 #[divan::bench]

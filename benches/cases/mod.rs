@@ -81,9 +81,9 @@ impl Ward for Guard {
         None
     }
 
-    fn remember(&self, _: &[u8], _: Lex) {}
-
     fn function_call_refused(&self) {}
+
+    fn remember(&self, _: &[u8], _: Lex) {}
 }
 
 /// A client's frames and the server's answers, through the session's bookkeeping.

@@ -45,7 +45,7 @@ impl Tenants {
         match part.find(tenant.id.as_str(), hash) {
             Some(at) => part.slots[at].tenant.replace(tenant),
             None => {
-                part.insert(Slot { hash, tenant: Some(tenant) }, 0);
+                part.insert(Slot { hash, pages: 0, tenant: Some(tenant) });
                 None
             }
         }
@@ -57,19 +57,20 @@ impl Tenants {
         part.find(id, hash).and_then(|at| part.remove(at))
     }
 
-    /// Bytes that a tenant uses, as last measured.
+    /// Bytes that a tenant uses, as last measured, in whole pages.
     pub(super) fn storage(&self, id: &str) -> Option<u64> {
         let (part, hash) = self.part(id);
         let part = part.read();
-        part.find(id, hash).map(|at| part.storage[at]).filter(|&bytes| bytes > 0)
+        part.find(id, hash).map(|at| u64::from(part.slots[at].pages) * PAGE).filter(|&bytes| bytes > 0)
     }
 
     /// Notes what was measured; whether there is such a tenant.
     pub(super) fn set_storage(&self, id: &str, bytes: u64) -> bool {
         let (part, hash) = self.part(id);
         let mut part = part.write();
+        let pages = u32::try_from(bytes.div_ceil(PAGE)).unwrap_or(u32::MAX);
         let found = part.find(id, hash);
-        found.map(|at| part.storage[at] = bytes).is_some()
+        found.map(|at| part.slots[at].pages = pages).is_some()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -85,24 +86,27 @@ impl Tenants {
     }
 }
 
+/// PostgreSQL's page: sizes of tables are multiples of it, and 2^32 of them are more than a table can have.
+const PAGE: u64 = 8192;
+
 /// Open addressing, linear probing, no tombstones: from a tenant's own place to where it is no slot is free.
 struct Table {
     slots: Vec<Slot>,
-    /// Bytes that the tenant in the slot of this number uses, as last measured; 0 if it was not. Not in the tenant, which
-    /// never changes, nor in the slot, of which four are to fit into a cache line.
-    storage: Vec<u64>,
     len: usize,
 }
 
+/// Four of them fit into a cache line.
 #[derive(Clone, Default)]
 struct Slot {
     hash: u32,
+    /// Storage that the tenant uses, as last measured; 0 if it was not. Not in the tenant, which never changes.
+    pages: u32,
     tenant: Option<Arc<Tenant>>,
 }
 
 impl Table {
     const fn new() -> Self {
-        Self { slots: Vec::new(), storage: Vec::new(), len: 0 }
+        Self { slots: Vec::new(), len: 0 }
     }
 
     /// Where a hash wants to be, for any number of slots.
@@ -130,35 +134,30 @@ impl Table {
     }
 
     /// Takes in what is not there yet.
-    fn insert(&mut self, slot: Slot, storage: u64) {
-        if (self.len + 1) * 4 > self.slots.len() * 3 {
+    fn insert(&mut self, slot: Slot) {
+        // Never fuller than three fifths: then most are found where they want to be, or beside it.
+        if (self.len + 1) * 5 > self.slots.len() * 3 {
             self.grow();
         }
         let mut at = self.home(slot.hash);
         while self.slots[at].tenant.is_some() {
             at = self.after(at);
         }
-        (self.slots[at], self.storage[at]) = (slot, storage);
+        self.slots[at] = slot;
         self.len += 1;
     }
 
-    /// Half as many slots more; needs no look at the tenants.
+    /// Twice as many slots; needs no look at the tenants.
     fn grow(&mut self) {
-        let size = (self.slots.len() + self.slots.len() / 2).max(8);
+        let size = (self.slots.len() * 2).max(8);
         let slots = std::mem::replace(&mut self.slots, vec![Slot::default(); size]);
-        let storage = std::mem::replace(&mut self.storage, vec![0; size]);
         self.len = 0;
-        for (slot, storage) in slots.into_iter().zip(storage) {
-            if slot.tenant.is_some() {
-                self.insert(slot, storage);
-            }
-        }
+        slots.into_iter().filter(|slot| slot.tenant.is_some()).for_each(|slot| self.insert(slot));
     }
 
     /// Empties a slot, and moves into it what would not be found behind it.
     fn remove(&mut self, mut at: usize) -> Option<Arc<Tenant>> {
         let removed = std::mem::take(&mut self.slots[at]).tenant;
-        self.storage[at] = 0;
         self.len -= 1;
         let mut next = self.after(at);
         while self.slots[next].tenant.is_some() {
@@ -167,7 +166,6 @@ impl Table {
             let stays = if at < next { at < home && home <= next } else { at < home || home <= next };
             if !stays {
                 self.slots.swap(at, next);
-                self.storage.swap(at, next);
                 at = next;
             }
             next = self.after(next);
@@ -230,8 +228,8 @@ mod tests {
                 }
                 2 => assert_eq!(tenants.remove(&name).map(|old| old.epoch), model.remove(&name).map(|old| old.0)),
                 3 => assert_eq!(
-                    tenants.set_storage(&name, step + 1),
-                    model.get_mut(&name).map(|known| known.1 = step + 1).is_some()
+                    tenants.set_storage(&name, (step + 1) * PAGE - 7),
+                    model.get_mut(&name).map(|known| known.1 = (step + 1) * PAGE).is_some()
                 ),
                 _ => {
                     assert_eq!(tenants.get(&name).map(|found| found.epoch), model.get(&name).map(|known| known.0));
