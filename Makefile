@@ -11,6 +11,7 @@
 #   make test-model   random sessions direct and through auto, every answer compared (STATEMENTS=1000000 SEED=1 JOBS=2)
 #   make test-suites  other projects' own tests, direct and through auto (SUITES=psycopg2,asyncpg; downloads them)
 #   make test-webload a hundred clients that think, on a few server connections
+#   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
 #   make lint         formatting, clippy, documentation
 #
 # Variables: PROFILE=release builds with optimisations; PORT=7432 moves the demo; DEMO=dir keeps its data elsewhere;
@@ -27,7 +28,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload bench lint clean
 
 all: build
 
@@ -147,6 +148,14 @@ test-webload:
 	$(DEPS) build server clients
 	$(CARGO) build --locked --profile $(PROFILE)
 	tests/clients/webload
+
+# What the README's numbers come from. On a machine that does nothing else.
+BENCH ?=
+
+bench:
+	$(DEPS) build server tools
+	$(CARGO) build --locked --release --bin pgusher
+	benches/pgbench.py $(BENCH)
 
 lint:
 	$(CARGO) fmt --check

@@ -28,7 +28,7 @@ use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::TenantStats;
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
-use crate::pool::{CheckoutError, DATABASE, Settings};
+use crate::pool::{CheckoutError, DATABASE, Lease, Settings};
 use crate::relay::{self, Client, End};
 use crate::server::{self, Settled, Shared};
 use crate::stream::{Detached, Stream};
@@ -324,23 +324,22 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
 pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
     let stats = shared.metrics.tenant(admitted.tenant.id.as_str());
     let goodbye = Goodbye {
-        tenant: admitted.tenant.id.clone(),
+        tenant: admitted.tenant.clone(),
         user: admitted.user.as_str().into(),
-        peer: admitted.peer,
+        peer: admitted.peer.to_string().into(),
         id: admitted.id,
         started: tokio::time::Instant::now(),
         log: admitted.settled.log_connections,
         stats,
     };
     goodbye.stats.clients.fetch_add(1, Ordering::Relaxed);
-    match greet(admitted, &shared, &worker).await {
-        Ok((client, registered, counted)) => {
-            let relay = relay::run(client, worker);
-            tokio::spawn(async move {
-                let end = relay.await;
-                drop((registered, counted));
+    match greet(admitted, &shared, &worker, &goodbye).await {
+        Ok((client, early, entries)) => {
+            // At the end of the one future, not around it: a future that is passed on is kept twice.
+            tokio::spawn(relay::run(client, &early, worker, move |end| {
+                drop(entries);
                 goodbye.say(&end);
-            });
+            }));
         }
         Err(Some(reason)) => goodbye.say(&End::Told(reason)),
         Err(None) => goodbye.say(&End::Lost),
@@ -349,9 +348,9 @@ pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::W
 
 /// What is counted and logged when a client goes.
 struct Goodbye {
-    tenant: TenantId,
-    user: Box<str>,
-    peer: Peer,
+    tenant: Arc<Tenant>,
+    user: Arc<str>,
+    peer: Arc<str>,
     id: u64,
     started: tokio::time::Instant,
     log: bool,
@@ -371,7 +370,7 @@ impl Goodbye {
             End::Told(error) => error.to_string(),
         };
         let Self { tenant, user, peer, id, .. } = self;
-        tracing::info!(%tenant, user, %peer, id, seconds, why, "client disconnected");
+        tracing::info!(tenant = %tenant.id, user = &**user, peer = &**peer, id, seconds, why, "client disconnected");
     }
 }
 
@@ -381,12 +380,14 @@ impl Drop for Goodbye {
     }
 }
 
-/// Tells the client that it is welcome, in the server's own words. `Err(None)`: it went away.
+/// Tells the client that it is welcome, in the server's own words. What it has sent already comes along. `Err(None)`: it
+/// went away.
 async fn greet(
     admitted: Admitted,
     shared: &Arc<Shared>,
     worker: &Arc<relay::Worker>,
-) -> Result<(Client, Registered, Counted), Option<PgError>> {
+    goodbye: &Goodbye,
+) -> Result<(Client, BytesMut, (Registered, Counted)), Option<PgError>> {
     let mut stream = admitted.stream.attach().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
@@ -397,8 +398,8 @@ async fn greet(
     let settings = shared.settings.intern(admitted.settings);
     let name = admitted.application_name;
     let mut out = admitted.unsent;
-    let params = match welcome(worker, &admitted.tenant, &settings, &name, &admitted.settled).await {
-        Ok(params) => params,
+    let (params, mut lease) = match welcome(worker, &admitted.tenant, &settings, &name, &admitted.settled).await {
+        Ok(welcome) => welcome,
         Err(mut error) => {
             error.severity = Severity::Fatal;
             message::authentication_ok(&mut out);
@@ -411,15 +412,13 @@ async fn greet(
     };
     let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
-    let key = {
-        let signals = signals.clone();
-        shared.cancels.issue(secret_len, move || signals.cancel_wait())
-    };
+    let pid = lease.as_mut().map(|lease| lease.conn().cancel_target().pid);
+    let key = shared.cancels.issue(secret_len, pid, signals.clone());
     message::authentication_ok(&mut out);
     for (name, value) in params.iter() {
         message::parameter_status(&mut out, name, value.as_bytes());
     }
-    message::backend_key_data(&mut out, key.pid.cast_signed(), &key.secret);
+    message::backend_key_data(&mut out, key.pid.cast_signed(), key.entry.secret());
     message::ready_for_query(&mut out, b'I');
     stream.send_all(&out).await.map_err(|_| None)?;
     if admitted.settled.log_connections {
@@ -429,7 +428,6 @@ async fn greet(
     let client = Client {
         id: admitted.id,
         stream,
-        early: admitted.input.to_vec(),
         stats: shared.metrics.tenant(admitted.tenant.id.as_str()),
         tenant: admitted.tenant,
         seen: admitted.seen,
@@ -437,27 +435,32 @@ async fn greet(
         application_name: name,
         params,
         key,
+        lease,
         signals,
         rules: admitted.settled.relay.clone(),
-        user: admitted.user.into(),
-        from: admitted.peer.to_string().into(),
+        user: goodbye.user.clone(),
+        from: goodbye.peer.clone(),
     };
-    Ok((client, registered, admitted._counted))
+    Ok((client, admitted.input, (registered, admitted._counted)))
 }
 
 /// What the server reports at login. Asked of a server only if no connection with these settings was opened before:
-/// the connection is then there for the client's first query.
+/// the connection is then there for the client's first query. A client that keeps its connection to the end gets it now, if
+/// it need not wait for it, and so the true process id.
 async fn welcome(
     worker: &relay::Worker,
     tenant: &Arc<Tenant>,
     settings: &Arc<Settings>,
     application_name: &Arc<str>,
     settled: &Settled,
-) -> Result<Arc<Params>, PgError> {
+) -> Result<(Arc<Params>, Option<Lease>), PgError> {
+    let keeps = settled.relay.pool_mode == PoolMode::Session;
     loop {
         let pool = worker.pools.get(tenant);
-        if let Some(params) = pool.welcome(settings) {
-            return Ok(params);
+        if let Some(params) = pool.welcome(settings)
+            && !(keeps && pool.has_room(settings))
+        {
+            return Ok((params, None));
         }
         let own = settled.relay.pool_mode == PoolMode::Session;
         let name = if own { application_name.clone() } else { Arc::default() };
@@ -475,8 +478,11 @@ async fn welcome(
             }
         };
         let params = lease.conn().params.clone();
+        if keeps {
+            return Ok((params, Some(lease)));
+        }
         let now = tokio::time::Instant::now();
         lease.release(CheckIn::Clean, settled.relay.server_reset_timeout, now);
-        return Ok(params);
+        return Ok((params, None));
     }
 }

@@ -283,11 +283,28 @@ impl Exporter {
             let clients = metrics.workers().iter().map(|w| w.clients_pinned[at].load(Ordering::Relaxed)).sum::<usize>();
             pinned.add(&[("reason", reason)], clients as f64);
         }
+        let notified = &metrics.notified;
+        let mut notifications =
+            Family::counter("pgusher_notifications_total", "Notifications, by what became of them.");
+        let counts =
+            [("delivered", &notified.delivered), ("foreign", &notified.foreign), ("unknown", &notified.unknown)];
+        for (result, count) in counts {
+            notifications.add(&[("result", result)], count.load(Ordering::Relaxed) as f64);
+        }
+        let listeners = Family::gauge("pgusher_listeners", "Server connections that listen for a tenant's clients.");
+        let listeners = listeners.one(notified.listeners.load(Ordering::Relaxed) as f64);
         let total = Family::counter("pgusher_clients_total", "Clients accepted.");
         let mut logins = Family::counter("pgusher_client_logins_total", "Ends of client logins.");
         logins.add(&[("result", "failed")], metrics.client_logins_failed.load(Ordering::Relaxed) as f64);
         logins.add(&[("result", "ok")], metrics.client_logins_ok.load(Ordering::Relaxed) as f64);
-        vec![clients.0, pinned.0, total.one(metrics.clients_total.load(Ordering::Relaxed) as f64), logins.0]
+        vec![
+            clients.0,
+            pinned.0,
+            notifications.0,
+            listeners,
+            total.one(metrics.clients_total.load(Ordering::Relaxed) as f64),
+            logins.0,
+        ]
     }
 
     fn servers(&self) -> Vec<MetricFamily> {

@@ -75,6 +75,19 @@ pub struct WorkerStats {
 /// Why a client keeps its server connection between transactions.
 pub const PIN_REASONS: [&str; 8] = ["temp", "cursor", "prepare", "listen", "lock", "sequence", "seed", "unknown"];
 
+/// Notifications, by what became of them.
+#[derive(Debug, Default)]
+pub struct Notified {
+    /// Delivered to a client.
+    pub delivered: AtomicU64,
+    /// Dropped: another tenant's.
+    pub foreign: AtomicU64,
+    /// Dropped: nobody could say that it was the tenant's own.
+    pub unknown: AtomicU64,
+    /// Server connections that listen for the clients of a tenant now.
+    pub listeners: AtomicUsize,
+}
+
 /// What is counted per shard.
 #[derive(Debug, Default)]
 pub struct ShardStats {
@@ -155,6 +168,8 @@ pub struct Metrics {
     tenants: DashMap<String, Arc<TenantStats>>,
     errors: DashMap<(String, &'static str), u64>,
     violations: Mutex<HashMap<ViolationKey, u64>>,
+    /// Notifications.
+    pub notified: Arc<Notified>,
     /// Where violations are written down.
     pub desk: Desk,
     /// Clients connected, logging in included.
@@ -180,6 +195,7 @@ impl Metrics {
             tenants: DashMap::new(),
             errors: DashMap::new(),
             violations: Mutex::default(),
+            notified: Arc::default(),
             desk: Desk::default(),
             clients: 0.into(),
             clients_total: 0.into(),

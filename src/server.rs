@@ -228,6 +228,9 @@ impl Server {
             Control::start(config, directory, requests, shared.clone(), shutdown.clone()).await?
         };
         control.keep_journal(shared.metrics.clone());
+        if let Some(questions) = shared.pools.questions() {
+            control.tell_senders(questions);
+        }
         let accepting = shutdown.child_token();
         let acceptors = TaskTracker::new();
         let mut addresses = listen(&config, &shared, &accepting, &acceptors)?;
@@ -326,6 +329,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
         relay: Arc::new(Rules {
             pool_mode: pool.pool_mode,
             query_wait_timeout: pool.query_wait_timeout,
+            pin_timeout: pool.pin_timeout,
             server_reset_timeout: pool.server_reset_timeout,
             max_prepared_statements: pool.max_prepared_statements,
             max_packet_size: proxy.max_packet_size,
@@ -509,7 +513,7 @@ async fn accept_tcp(listener: TcpListener, shared: Arc<Shared>, stop: Cancellati
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((socket, address)) => {
-                let stream = Stream::Plain(Socket::Tcp(socket));
+                let stream = Stream::Plain(Socket::tcp(socket, address.ip()));
                 tokio::spawn(connection::accept(stream, Peer::Tcp(address), shared.clone()));
             }
             Err(error) => pause(&error).await,

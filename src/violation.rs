@@ -178,6 +178,24 @@ impl Desk {
     }
 }
 
+/// Whether somebody was not let: no such right, or no such thing (for this tenant). What names another tenant and gets
+/// this has reached for it.
+pub fn is_refusal(code: &str) -> bool {
+    matches!(
+        code,
+        sqlstate::INSUFFICIENT_PRIVILEGE
+            | sqlstate::UNKNOWN_DATABASE
+            | sqlstate::INVALID_AUTHORIZATION
+            | sqlstate::FEATURE_NOT_SUPPORTED
+            // No such schema, table, function, role; row-level security and WITH CHECK OPTION of views.
+            | "3F000"
+            | "42P01"
+            | "42883"
+            | "42704"
+            | "44000"
+    )
+}
+
 /// Whether a server's error denies something that belongs to another tenant. `rows`: tenants are rows of shared tables,
 /// so that whatever is denied on a table concerns all of them.
 pub fn is_denial(error: &PgError, rows: bool, is_tenant: impl Fn(&str) -> bool) -> bool {
@@ -191,7 +209,8 @@ pub fn is_denial(error: &PgError, rows: bool, is_tenant: impl Fn(&str) -> bool) 
             let denied = relation.is_some_and(|name| !name.starts_with("pg_") || SECRETS.contains(&name));
             let shared = COMMON.iter().any(|text| message.contains(text));
             let policy = rows && (message.contains("row-level security") || message.starts_with("must be owner of"));
-            denied || shared || policy || names(message).any(is_tenant)
+            let detail = error.detail.as_deref().unwrap_or_default();
+            denied || shared || policy || names(message).chain(quoted(detail)).any(is_tenant)
         }
         // Schema, database or role "…" does not exist (for this tenant); references to another database.
         "3F000" | sqlstate::UNKNOWN_DATABASE | sqlstate::FEATURE_NOT_SUPPORTED => quoted(message).any(is_tenant),
@@ -205,8 +224,14 @@ const RELATIONS: &[&str] = &["table", "view", "sequence", "materialized view", "
 const SECRETS: &[&str] = &["pg_authid", "pg_shadow", "pg_statistic", "pg_user_mapping"];
 
 /// Denials of what all tenants share, or of other tenants' sessions.
-const COMMON: &[&str] =
-    &["must be owner of database", "whose query is being canceled", "whose process is being terminated"];
+const COMMON: &[&str] = &[
+    "must be owner of database",
+    "whose query is being canceled",
+    "whose process is being terminated",
+    // Since PostgreSQL 16.
+    "permission denied to cancel query",
+    "permission denied to terminate process",
+];
 
 /// Names in a message, in whatever language it is: what is quoted, and the last word.
 fn names(message: &str) -> impl Iterator<Item = &str> {
@@ -237,6 +262,7 @@ mod tests {
             ("42501", "permission denied for view pg_stat_activity", false, false),
             ("42501", "must be owner of database tenants", true, true),
             ("42501", "must be a member of the role whose query is being canceled", true, true),
+            ("42501", "permission denied to terminate process", true, true),
             ("42501", "permission denied to create extension \"hstore\"", false, false),
             ("42501", "must be owner of table bookings", false, true),
             ("42501", "must be owner of extension plpgsql", false, true),

@@ -120,6 +120,18 @@ const ATTEMPTS: &[(&str, [&str; 3])] = &[
     ("SELECT * FROM nowhere", [""; 3]),
     ("SELECT * FROM pg_authid", ["permission_denied blocked"; 3]),
     ("SELECT * FROM pg_locks", [""; 3]),
+    // What is refused says nothing about whom it was for; the statement does.
+    ("SELECT * FROM pg_locks WHERE pid = (SELECT 1 WHERE 'x' = 'client_002')", ["permission_denied blocked"; 3]),
+    (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'client_002'",
+        ["permission_denied blocked"; 3],
+    ),
+    ("SELECT query_to_xml('select note from client_002.bookings', true, true, '')", ["permission_denied blocked"; 3]),
+    (
+        "DO $$ BEGIN EXECUTE 'SET search_' || 'path = client_002'; EXECUTE 'SELECT note FROM bookings'; END $$",
+        ["permission_denied blocked"; 3],
+    ),
+    ("SELECT pg_database_size('tenants') -- client_002", [""; 3]),
     ("CREATE EXTENSION hstore", [""; 3]),
 ];
 
@@ -176,8 +188,37 @@ async fn every_attempt_counts_once_whoever_stops_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ordinary_traffic_counts_nothing() {
-    let proxy = Proxy::start("enforce", "transaction").await;
+    let (mut cluster, mut dir) = (Cluster::start(), tempfile::tempdir().unwrap());
+    for pool in ["transaction", "session", "auto"] {
+        let proxy = Proxy::start_on(cluster, dir, "enforce", pool).await;
+        ordinary_traffic(&proxy).await;
+        proxy.server.drain(Duration::from_secs(5)).await;
+        (cluster, dir) = (proxy.cluster, proxy.dir);
+    }
+}
+
+async fn ordinary_traffic(proxy: &Proxy) {
     let client = proxy.connect("client_001").await;
+    // What is refused on a tenant's own account.
+    for sql in [
+        "SELECT * FROM nowhere",
+        "SELECT nothing()",
+        "SELECT * FROM pg_stat_activity",
+        "SELECT pg_read_file('x')",
+        "CREATE EXTENSION hstore",
+        "CREATE SCHEMA mine",
+        "CREATE DATABASE mine",
+        "ALTER TABLE bookings DISABLE TRIGGER ALL; SET session_replication_role = replica",
+        "DROP SCHEMA client_001",
+        "SELECT pg_cancel_backend(1)",
+        "INSERT INTO bookings (note) VALUES ('client_002'); SELECT 1 / 0",
+        "SET application_name = 'client_002'; SELECT 1 / 0",
+        "SELECT 'client_002'::pg_lsn",
+    ] {
+        client.batch_execute(sql).await.err();
+        client.batch_execute("RESET ALL").await.unwrap();
+        assert_eq!(proxy.violations(), BTreeMap::new(), "{sql}");
+    }
     for sql in [
         "SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;",
         "SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; UNLISTEN *; DISCARD SEQUENCES; DISCARD TEMP",
@@ -207,7 +248,37 @@ async fn ordinary_traffic_counts_nothing() {
         proxy.program("pgbench", &["-n", "-c", "2", "-t", "50", "-M", protocol], "client_001");
     }
     assert_eq!(proxy.violations(), BTreeMap::new());
-    proxy.server.drain(Duration::from_secs(5)).await;
+}
+
+/// What makes the session's state, and what is refused because of it, are two statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_given_in_one_statement_explains_a_refusal_of_the_next() {
+    let (mut cluster, mut dir) = (Cluster::start(), tempfile::tempdir().unwrap());
+    for pool in ["transaction", "session", "auto"] {
+        let proxy = Proxy::start_on(cluster, dir, "enforce", pool).await;
+        let client = proxy.connect("client_001").await;
+        let counted = |n: u64| BTreeMap::from([("permission_denied blocked".to_owned(), n)]);
+        client.batch_execute("BEGIN; DO $$ BEGIN EXECUTE 'SET search_'||'path = client_002'; END $$").await.unwrap();
+        client.batch_execute("SELECT note FROM bookings").await.unwrap_err();
+        assert_eq!(proxy.violations(), counted(1), "{pool}");
+        client.batch_execute("ROLLBACK").await.unwrap();
+        // It explains one refusal, not all that come.
+        client.batch_execute("SELECT * FROM nowhere").await.unwrap_err();
+        assert_eq!(proxy.violations(), counted(1), "{pool}");
+        // A prepared statement that is run later, and a value.
+        let hidden = "SELECT $1::text FROM pg_stat_activity WHERE usename = 'client_002'";
+        let statement = client.prepare(hidden).await.unwrap();
+        client.query(&statement, &[&"x"]).await.unwrap_err();
+        assert_eq!(proxy.violations(), counted(2), "{pool}");
+        let value = client.prepare("SELECT 1 FROM pg_stat_activity WHERE usename = $1::text").await.unwrap();
+        client.query(&value, &[&"client_002"]).await.unwrap_err();
+        assert_eq!(proxy.violations(), counted(3), "{pool}");
+        client.query(&value, &[&"client_001"]).await.unwrap_err();
+        assert_eq!(proxy.violations(), counted(3), "{pool}");
+        drop(client);
+        proxy.server.drain(Duration::from_secs(5)).await;
+        (cluster, dir) = (proxy.cluster, proxy.dir);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,7 +307,8 @@ async fn what_happened_is_in_the_event_log_and_the_audit_log() {
     assert_eq!((refused["tenant"].as_str(), refused["who"].as_str()), (Some("client_001"), Some("app.client_001")));
     assert!(refused["from"].as_str().unwrap().starts_with("127.0.0.1:"));
     assert_eq!(refused["statement"].as_str().unwrap().len(), 16);
-    assert!(find("permission_denied", "blocked").is_some());
+    let blocked = find("permission_denied", "blocked").unwrap();
+    assert_eq!(blocked["statement"].as_str().unwrap().len(), 16, "{text}");
 
     let verify = || {
         let config = proxy.dir.path().join("pgusher.toml");

@@ -1,23 +1,51 @@
-//! What others have to tell a connection's task: end, drain, cancel the wait.
+//! What others have to tell a connection's task: end, drain, cancel the wait; and notifications for its client.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 
 use atomic_waker::AtomicWaker;
+use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 
-use crate::error::PgError;
+use crate::error::{PgError, sqlstate};
+use crate::wire::message;
 
 const KILL: u8 = 1;
 const DRAIN: u8 = 2;
 const CANCEL_WAIT: u8 = 4;
+const MAIL: u8 = 8;
+
+/// Most bytes of notifications that wait for a client.
+const MAX_MAIL: usize = 1 << 20;
 
 /// The letter box of one connection's task.
 #[derive(Debug, Default)]
 pub struct Signals {
     flags: AtomicU8,
     waker: AtomicWaker,
-    reason: Mutex<Option<PgError>>,
+    /// Boxed: every client has a letter box, hardly any a letter.
+    reason: Mutex<Option<Box<PgError>>>,
+    /// Notifications; most clients never get any.
+    mail: Mutex<Option<Box<Mail>>>,
+}
+
+/// Notifications on their way to the client, in order.
+#[derive(Debug, Default)]
+struct Mail {
+    letters: VecDeque<Letter>,
+    bytes: usize,
+    /// Number of the first letter.
+    first: u64,
+}
+
+/// One notification.
+#[derive(Debug)]
+struct Letter {
+    /// The process that it comes from; `None` while that is being asked.
+    pid: Option<u32>,
+    /// Channel and payload, as in the message; nothing is left of one that must not be delivered.
+    text: Bytes,
 }
 
 /// What was found in it.
@@ -47,19 +75,89 @@ impl Signals {
         self.post(CANCEL_WAIT, None);
     }
 
+    /// Leaves a notification for the client: channel and payload, each with its NUL. With no process id known the
+    /// notification, and all behind it, waits for [`Signals::vouch`] with the number that is returned.
+    pub fn deliver(&self, pid: Option<u32>, text: Bytes) -> u64 {
+        let mut mail = self.mail.lock();
+        let mail = mail.get_or_insert_default();
+        mail.bytes += text.len();
+        let number = mail.first + mail.letters.len() as u64;
+        if mail.bytes > MAX_MAIL {
+            // PostgreSQL would keep them for everybody until its queue is full. What comes now finds no room either.
+            mail.letters.clear();
+            self.reason.lock().get_or_insert_with(|| Box::new(too_much_mail()));
+            self.flags.fetch_or(KILL, Ordering::AcqRel);
+        } else {
+            mail.letters.push_back(Letter { pid, text });
+            self.flags.fetch_or(MAIL, Ordering::AcqRel);
+        }
+        self.waker.wake();
+        number
+    }
+
+    /// Says from which process the notification comes; `None` if it must not be delivered.
+    pub fn vouch(&self, number: u64, pid: Option<u32>) {
+        let mut mail = self.mail.lock();
+        let Some(mail) = mail.as_mut() else { return };
+        let at = number.checked_sub(mail.first).and_then(|at| usize::try_from(at).ok());
+        let Some(letter) = at.and_then(|at| mail.letters.get_mut(at)) else { return };
+        letter.pid = Some(pid.unwrap_or_default());
+        if pid.is_none() {
+            mail.bytes -= letter.text.len();
+            letter.text = Bytes::new();
+        }
+        self.flags.fetch_or(MAIL, Ordering::AcqRel);
+        self.waker.wake();
+    }
+
+    /// Whether notifications may be waiting. One load.
+    #[inline]
+    pub fn has_mail(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) & MAIL != 0
+    }
+
+    /// Whether all that was left for the client has been taken.
+    pub fn is_mailbox_empty(&self) -> bool {
+        self.mail.lock().as_ref().is_none_or(|mail| mail.letters.is_empty())
+    }
+
+    /// Appends the notifications that wait to `out` as messages; how many.
+    pub fn take_mail(&self, out: &mut BytesMut) -> u64 {
+        self.flags.fetch_and(!MAIL, Ordering::AcqRel);
+        let mut slot = self.mail.lock();
+        let Some(mail) = slot.as_mut() else { return 0 };
+        let mut taken = 0;
+        while mail.letters.front().is_some_and(|letter| letter.pid.is_some()) {
+            let Some(letter) = mail.letters.pop_front() else { break };
+            mail.first += 1;
+            mail.bytes -= letter.text.len();
+            if let (Some(pid), false) = (letter.pid, letter.text.is_empty()) {
+                message::notification_response(out, pid.cast_signed(), &letter.text);
+                taken += 1;
+            }
+        }
+        taken
+    }
+
     fn post(&self, flag: u8, reason: Option<PgError>) {
         if let Some(reason) = reason {
-            self.reason.lock().get_or_insert(reason);
+            self.reason.lock().get_or_insert_with(|| Box::new(reason));
         }
         self.flags.fetch_or(flag, Ordering::AcqRel);
         self.waker.wake();
+    }
+
+    /// Whether there is anything to be looked at. One load; the task is not woken.
+    #[inline]
+    pub fn is_raised(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) != 0
     }
 
     /// Looks for a signal; the task is woken when one comes. A cancelled wait is reported once, the others stay.
     #[inline]
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<Signal> {
         self.waker.register(cx.waker());
-        let flags = self.flags.load(Ordering::Acquire);
+        let flags = self.flags.load(Ordering::Acquire) & !MAIL;
         if flags == 0 { Poll::Pending } else { self.read(flags) }
     }
 
@@ -69,17 +167,57 @@ impl Signals {
             return Poll::Ready(Signal::CancelWait);
         }
         let reason = || {
-            let shutdown = || {
-                PgError::fatal(
-                    crate::error::sqlstate::ADMIN_SHUTDOWN,
-                    "terminating connection due to administrator command",
-                )
-            };
-            self.reason.lock().clone().unwrap_or_else(shutdown)
+            let shutdown =
+                || PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
+            self.reason.lock().as_deref().cloned().unwrap_or_else(shutdown)
         };
         if flags & KILL != 0 {
             return Poll::Ready(Signal::Kill(reason()));
         }
         Poll::Ready(Signal::Drain(reason()))
+    }
+}
+
+fn too_much_mail() -> PgError {
+    PgError::fatal(sqlstate::PROGRAM_LIMIT_EXCEEDED, "terminating connection because its notifications are not read")
+        .detail(format!("More than {MAX_MAIL} bytes of notifications were waiting for the client."))
+        .hint("End transactions and read from the connection while listening, or UNLISTEN.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notifications_keep_their_order_while_one_is_asked_for() {
+        let signals = Signals::default();
+        let mut out = BytesMut::new();
+        assert_eq!(signals.take_mail(&mut out), 0);
+        signals.deliver(Some(1), Bytes::from_static(b"a\0\0"));
+        let asked = signals.deliver(None, Bytes::from_static(b"b\0\0"));
+        let denied = signals.deliver(None, Bytes::from_static(b"c\0\0"));
+        signals.deliver(Some(4), Bytes::from_static(b"d\0\0"));
+        assert!(signals.has_mail());
+        assert_eq!(signals.take_mail(&mut out), 1);
+        assert!(!signals.has_mail() && !signals.is_mailbox_empty());
+        signals.vouch(denied, None);
+        assert_eq!(signals.take_mail(&mut out), 0, "one before it is asked for");
+        signals.vouch(asked, Some(2));
+        assert_eq!(signals.take_mail(&mut out), 2);
+        assert!(signals.is_mailbox_empty());
+        let channels: Vec<u8> = out.chunks(12).map(|message| message[9]).collect();
+        assert_eq!(channels, b"abd");
+    }
+
+    #[test]
+    fn who_does_not_read_is_told_to_go() {
+        let signals = Signals::default();
+        for _ in 0..=MAX_MAIL / 8000 {
+            signals.deliver(Some(1), Bytes::from(vec![b'x'; 8001]));
+        }
+        let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(std::task::Waker::noop())) else {
+            panic!("it goes on");
+        };
+        assert_eq!(reason.code, sqlstate::PROGRAM_LIMIT_EXCEEDED);
     }
 }

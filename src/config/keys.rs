@@ -131,6 +131,8 @@ const POOL: &[Key] = keys! { one pool:
     max_db_connections: Connections;
     /// How long a client waits for a server connection.
     query_wait_timeout: SomeTime;
+    /// A client that keeps its server connection ("auto") and is idle outside a transaction for longer is closed; 0 is never.
+    pin_timeout: Time;
     /// A server connection idle for longer is closed.
     server_idle_timeout: SomeTime;
     /// A server connection older than this is closed as soon as it is idle.

@@ -61,6 +61,8 @@ pub struct Pool {
     pub max_db_connections: usize,
     /// How long a client waits for a server connection.
     pub query_wait_timeout: Duration,
+    /// A client that keeps its server connection may be idle outside a transaction for so long; zero is for ever.
+    pub pin_timeout: Duration,
     /// An idle server connection is closed after this.
     pub server_idle_timeout: Duration,
     /// A server connection older than this is closed when it becomes idle.
@@ -322,6 +324,7 @@ impl Default for Pool {
             default_pool_size: 50,
             max_db_connections: 80,
             query_wait_timeout: secs(120),
+            pin_timeout: Duration::ZERO,
             server_idle_timeout: secs(600),
             server_lifetime: secs(3600),
             server_connect_timeout: secs(15),

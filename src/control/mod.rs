@@ -13,6 +13,7 @@ mod delete;
 mod journal;
 pub mod provision;
 pub mod records;
+mod senders;
 pub mod shards;
 pub mod shared_tables;
 mod snapshots;

@@ -88,24 +88,26 @@ pub struct Names {
 }
 
 /// A tenant as this proxy knows it.
+// In this order in memory: a look-up compares the name, and counts a reference just before it.
 #[derive(Clone, PartialEq)]
+#[repr(C)]
 pub struct Tenant {
     /// Its name.
     pub id: TenantId,
-    /// How it is separated.
-    pub plan: Plan,
     /// Where it lives. Its `database` is the one recorded for this tenant, which need not be where new tenants go.
     pub shard: Arc<Shard>,
-    /// Whether it may be used.
-    pub status: Status,
     /// Grows each time home or status change.
     pub epoch: u64,
-    /// The tenant's own credential, if it has one.
-    pub verifier: Option<Verifier>,
     /// Names that were there before the tenant; `None` is what the plan says.
     pub names: Option<Box<Names>>,
+    /// How it is separated.
+    pub plan: Plan,
+    /// Whether it may be used.
+    pub status: Status,
     /// Whether pgusher made its place, and its role's password.
     pub managed: bool,
+    /// The tenant's own credential, if it has one.
+    pub verifier: Option<Verifier>,
 }
 
 impl Tenant {

@@ -15,6 +15,7 @@ use subtle::ConstantTimeEq as _;
 use tokio::sync::Notify;
 
 use super::connect::Dialer;
+use crate::client::signals::Signals;
 
 /// Cancels under way for one server connection.
 #[derive(Debug, Default)]
@@ -54,15 +55,25 @@ pub struct Target {
     pub under_way: Arc<UnderWay>,
 }
 
+/// Longest secret that we give out; one of protocol 3.0 has four bytes.
+const MAX_SECRET: usize = 32;
+
 /// One client's cancel key.
 pub struct Entry {
-    secret: Box<[u8]>,
+    /// In place: an allocation of four bytes costs eight times that.
+    secret: [u8; MAX_SECRET],
+    len: u8,
     target: Mutex<Option<Arc<Target>>>,
-    /// Called when the client waits for a server connection: there is nothing to cancel but the wait.
-    on_wait: Box<dyn Fn() + Send + Sync>,
+    /// Told when the client waits for a server connection: there is nothing to cancel but the wait.
+    client: Arc<Signals>,
 }
 
 impl Entry {
+    /// The secret that the client is told.
+    pub fn secret(&self) -> &[u8] {
+        &self.secret[..usize::from(self.len)]
+    }
+
     /// The client has got this server connection.
     #[inline]
     pub fn bind(&self, target: Arc<Target>) {
@@ -94,25 +105,23 @@ pub struct Key {
     keys: Arc<CancelKeys>,
     /// The process id the client is told.
     pub pid: u32,
-    /// The secret the client is told.
-    pub secret: Box<[u8]>,
-    /// Where to [bind](Entry::bind) server connections.
+    /// The secret that the client is told, and where to [bind](Entry::bind) server connections.
     pub entry: Arc<Entry>,
 }
 
 impl CancelKeys {
-    /// Makes a key with a secret of `len` bytes. `on_wait` is called for a cancel that comes while no server
-    /// connection is bound.
-    pub fn issue(self: &Arc<Self>, len: usize, on_wait: impl Fn() + Send + Sync + 'static) -> Key {
-        let mut secret = vec![0u8; len].into_boxed_slice();
-        rand::fill(&mut secret[..]);
-        let entry = Arc::new(Entry { secret: secret.clone(), target: Mutex::new(None), on_wait: Box::new(on_wait) });
+    /// Makes a key with a secret of `len` bytes, at most [`MAX_SECRET`]. `client` is told of a cancel that comes while
+    /// no server connection is bound. The process id is the one that is `wanted`, unless another client has it.
+    pub fn issue(self: &Arc<Self>, len: usize, mut wanted: Option<u32>, client: Arc<Signals>) -> Key {
+        let (mut secret, len) = ([0; MAX_SECRET], len.min(MAX_SECRET));
+        rand::fill(&mut secret[..len]);
+        let entry = Arc::new(Entry { secret, len: len as u8, target: Mutex::new(None), client });
         loop {
             // Positive as int4, so that drivers which read it as such are not surprised.
-            let pid = rand::random::<u32>() >> 1;
+            let pid = wanted.take().unwrap_or_else(|| rand::random::<u32>() >> 1);
             if let dashmap::Entry::Vacant(vacant) = self.entries.entry(pid) {
                 vacant.insert(entry.clone());
-                return Key { keys: self.clone(), pid, secret, entry };
+                return Key { keys: self.clone(), pid, entry };
             }
         }
     }
@@ -120,7 +129,7 @@ impl CancelKeys {
     /// Carries out a client's cancel request; a wrong key does nothing, as in PostgreSQL.
     pub async fn cancel(&self, pid: u32, secret: &[u8]) {
         let Some(entry) = self.entries.get(&pid).map(|entry| entry.clone()) else { return };
-        if !bool::from(entry.secret.ct_eq(secret)) {
+        if !bool::from(entry.secret().ct_eq(secret)) {
             return;
         }
         match entry.begin() {
@@ -129,7 +138,7 @@ impl CancelKeys {
                 send(target).await;
                 drop(under_way);
             }
-            None => (entry.on_wait)(),
+            None => entry.client.cancel_wait(),
         }
     }
 }

@@ -13,8 +13,10 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Instant;
 
 use super::cancel::{Target, UnderWay};
+use super::faces::{Face, Faces, Shown};
 use super::params::Params;
 use super::passwords::Passwords;
+use super::recent::Recent;
 use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
 use super::statements::Prepared;
@@ -42,12 +44,19 @@ pub struct ServerConnection {
     pub applied: Arc<Carried>,
     /// Prepared statements it has.
     pub prepared: Prepared,
+    /// What was said on it since it last owed nothing.
+    pub recent: Recent,
     /// Cancels under way for it.
     pub cancels: Arc<UnderWay>,
     /// Not given out again after this.
     pub expires: Instant,
+    /// When it was opened.
+    pub opened: Instant,
     /// When it became idle last.
     pub last_used: Instant,
+    /// Notifications that came while we asked something of our own: their bodies.
+    pub heard: Vec<Vec<u8>>,
+    shown: Shown,
     pub(super) slot: Slot,
     target: Arc<Target>,
     role: Role,
@@ -224,9 +233,13 @@ impl Connector {
             params: slot.pool().intern(Arc::new(params)),
             applied: slot.pool().intern_carried(Arc::default()),
             prepared: Prepared::default(),
+            recent: Recent::default(),
             cancels,
             expires: now + lifetime,
+            opened: now,
             last_used: now,
+            heard: Vec::new(),
+            shown: slot.pool().faces().show(pid, &tenant.id),
             slot,
             target: Arc::new(target),
             role,
@@ -253,7 +266,8 @@ impl Dialer {
         let plain = || async {
             let socket = TcpStream::connect((host, port)).await?;
             socket.set_nodelay(true)?;
-            Ok::<_, ServerError>(Stream::Plain(Socket::Tcp(socket)))
+            let peer = socket.peer_addr()?.ip();
+            Ok::<_, ServerError>(Stream::Plain(Socket::tcp(socket, peer)))
         };
         let mut stream = plain().await?;
         let tls = self.tls.current();
@@ -446,6 +460,17 @@ impl ServerConnection {
         self.target.clone()
     }
 
+    /// Who its server process is, for those who listen.
+    #[inline]
+    pub fn face(&self) -> &Face {
+        self.shown.face()
+    }
+
+    /// Whose the server processes of its shard are.
+    pub fn faces(&self) -> &Arc<Faces> {
+        self.slot.pool().faces()
+    }
+
     /// Notes a ParameterStatus, given its body.
     ///
     /// # Errors
@@ -484,7 +509,8 @@ impl ServerConnection {
         self.stream.send_all(&out).await?;
         let (mut buf, mut read) = (Vec::new(), 0);
         let (mut ready, mut rows, mut failed) = (0, Vec::new(), None);
-        while ready < statements.len() {
+        // A notification may follow the last answer closely, or be half here.
+        while ready < statements.len() || buf.get(read) == Some(&b'A') {
             let (tag, body) = match next_message(&mut self.stream, &mut buf, &mut read).await {
                 // The statement failed; its ReadyForQuery comes all the same.
                 Err(ServerError::Server(error)) if error.severity == Severity::Error => {
@@ -496,6 +522,7 @@ impl ServerConnection {
             match tag {
                 b'S' => self.note_parameter(&body)?,
                 b'D' => rows.push(row(&body).map_err(|_| ServerError::Protocol("malformed DataRow"))?),
+                b'A' => self.heard.push(body),
                 b'Z' if body == b"I" => ready += 1,
                 b'Z' => return Err(ServerError::Protocol("in a transaction where none was begun")),
                 _ => {}

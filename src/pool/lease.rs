@@ -76,7 +76,9 @@ async fn make_clean(
             CheckIn::Reset => conn.simple_queries(&RESET).await,
         }
     };
-    match tokio::time::timeout(reset_timeout, work).await {
+    let done = tokio::time::timeout(reset_timeout, work).await;
+    conn.heard = Vec::new();
+    match done {
         Ok(Ok(())) => {
             if check_in == CheckIn::Reset {
                 conn.prepared.clear();

@@ -9,24 +9,29 @@
 
 pub mod cancel;
 pub mod connect;
+pub mod faces;
 pub mod lease;
+pub mod listener;
 pub mod params;
 pub mod passwords;
+mod queue;
+pub mod recent;
 pub mod residue;
 pub mod scram;
 pub mod shard;
 pub mod statements;
 pub mod tls;
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::directory::Tenant;
@@ -34,10 +39,13 @@ use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
+use faces::{Faces, Question, Questions};
 pub use lease::Lease;
+use listener::Listeners;
 use params::Params;
+use queue::{Place, Queue};
 use residue::Carried;
-use shard::{Budget, Ticket};
+use shard::Budget;
 use statements::Registry;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
@@ -63,6 +71,7 @@ pub struct Pools {
     limits: arc_swap::ArcSwap<Limits>,
     metrics: Arc<Metrics>,
     statement_ids: Arc<AtomicU64>,
+    questions: Questions,
 }
 
 /// The server connections of one tenant at one home.
@@ -76,6 +85,8 @@ pub struct Pool {
     /// Prepared statements of the tenant's clients, shared.
     pub statements: Registry,
     state: Mutex<State>,
+    /// Who listens for the tenant's clients, by database and encoding.
+    listeners: Listeners,
 }
 
 #[derive(Default)]
@@ -86,7 +97,9 @@ struct State {
     /// Idle, leased, being opened or being reset.
     open: usize,
     connecting: usize,
-    waiters: VecDeque<Waiter>,
+    waiters: Queue,
+    /// When the task that ends waits looks again; `None` if there is no such task.
+    alarm: Option<Instant>,
     /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
     retired: bool,
     /// What a server reported at login, by startup settings.
@@ -112,14 +125,6 @@ fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<
 
 /// Kept values above which those that nobody holds are forgotten.
 const KEPT: usize = 32;
-
-struct Waiter {
-    settings: Arc<Settings>,
-    application_name: Arc<str>,
-    since: Instant,
-    ticket: Ticket,
-    reply: oneshot::Sender<Result<Box<ServerConnection>, CheckoutError>>,
-}
 
 /// Before the next login to a server that takes no more connections.
 const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
@@ -155,6 +160,7 @@ impl Pools {
             limits,
             metrics,
             statement_ids: Arc::default(),
+            questions: Questions::default(),
         }
     }
 
@@ -176,6 +182,7 @@ impl Pools {
             worker: Handle::current(),
             statements: Registry::new(self.statement_ids.clone()),
             state: Mutex::default(),
+            listeners: Listeners::default(),
         });
         let mut entry = self.pools.entry(tenant.id.clone()).or_insert_with(|| pool.clone());
         if !Arc::ptr_eq(&entry, &pool) {
@@ -195,7 +202,10 @@ impl Pools {
             budget.set_limit(limit);
             return budget.clone();
         }
-        let new = || Arc::new(Budget::new(limit, self.metrics.shard(shard)));
+        let new = || {
+            let faces = Arc::new(Faces::new(shard, &self.questions, self.metrics.notified.clone()));
+            Arc::new(Budget::new(limit, self.metrics.shard(shard), faces))
+        };
         self.budgets.entry(shard.to_owned()).or_insert_with(new).clone()
     }
 
@@ -214,6 +224,11 @@ impl Pools {
     /// Open and idle connections of a tenant.
     pub fn tenant_connections(&self, id: &str) -> (usize, usize) {
         self.pools.get(id).map_or((0, 0), |pool| pool.connections())
+    }
+
+    /// Questions about server processes that are not ours, for whoever can answer them; once.
+    pub fn questions(&self) -> Option<mpsc::Receiver<Question>> {
+        self.questions.open()
     }
 
     /// How a shard's budget is used.
@@ -236,6 +251,9 @@ impl Pools {
     /// Closes what has been idle or alive for too long and forgets empty pools. Called about once a second; looks at
     /// pools that exist, which are bounded by connections, not by tenants.
     pub fn sweep(&self, now: Instant) {
+        for budget in &self.budgets {
+            budget.faces.sweep();
+        }
         let limits = self.limits.load();
         for pool in self.live() {
             pool.close_expired(now, limits.server_idle_timeout);
@@ -266,6 +284,11 @@ impl Pool {
         self.state.lock().retired
     }
 
+    /// Whose the server processes of its shard are.
+    pub fn faces(&self) -> &Arc<Faces> {
+        &self.budget.faces
+    }
+
     /// Open and idle connections.
     pub fn connections(&self) -> (usize, usize) {
         let state = self.state.lock();
@@ -275,6 +298,13 @@ impl Pool {
     /// Clients that wait for a connection.
     pub fn waiting(&self) -> usize {
         self.state.lock().waiters.len()
+    }
+
+    /// Whether a checkout would most likely not have to wait for another client.
+    pub fn has_room(&self, settings: &Arc<Settings>) -> bool {
+        let state = self.state.lock();
+        let open = state.waiters.is_empty() && state.open < self.limits.default_pool_size;
+        state.has_idle(settings) || (open && self.budget.has_room())
     }
 
     /// What a server reports right after a login with these settings, if one has been seen.
@@ -320,45 +350,65 @@ impl Pool {
             if let Some(lease) = self.try_checkout(settings) {
                 return Ok(lease);
             }
-            let (reply, answer) = oneshot::channel();
-            let alive = Arc::new(());
-            let waiter = Waiter {
-                settings: settings.clone(),
-                application_name: application_name.clone(),
-                since: Instant::now(),
-                ticket: Arc::downgrade(&alive),
-                reply,
-            };
-            {
-                let mut state = self.state.lock();
-                if state.retired {
-                    return Err(CheckoutError::Retired);
-                }
-                // One may have come back since the look above.
-                if state.has_idle(settings) {
-                    continue;
-                }
-                state.waiters.push_back(waiter);
-            }
-            self.serve();
-            let answer = if query_wait_timeout.is_zero() {
-                answer.await
-            } else {
-                match tokio::time::timeout(query_wait_timeout, answer).await {
-                    Ok(answer) => answer,
-                    Err(_) => return Err(CheckoutError::Failed(self.waited_too_long(query_wait_timeout))),
-                }
-            };
-            let mut conn = answer.unwrap_or(Err(CheckoutError::Retired))?;
-            if conn.is_quiet() {
-                return Ok(Lease::new(conn));
+            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout).await.0? {
+                return Ok(lease);
             }
         }
     }
 
-    fn waited_too_long(&self, waited: Duration) -> PgError {
+    /// Stands in line for a connection. What comes of it, and how long it took; a connection that ended while it was
+    /// handed over is `None`: try again.
+    pub fn wait(
+        self: &Arc<Self>,
+        settings: &Arc<Settings>,
+        application_name: &Arc<str>,
+        query_wait_timeout: Duration,
+    ) -> Wait {
+        let now = Instant::now();
+        let deadline = (!query_wait_timeout.is_zero()).then(|| now + query_wait_timeout);
+        let key = {
+            let mut state = self.state.lock();
+            // One may have come back since the caller has looked.
+            let free = state.take_idle(settings);
+            let answer = if state.retired { Some(Err(CheckoutError::Retired)) } else { free.map(Ok) };
+            let key = state.waiters.join(Place::new(settings, application_name, now, deadline));
+            if let Some(answer) = answer {
+                // Nobody to be woken yet.
+                let last = state.waiters.len() - 1;
+                drop(state.waiters.answer(last, answer, now));
+            } else if let Some(deadline) = deadline
+                && state.alarm.is_none_or(|alarm| deadline < alarm)
+            {
+                state.alarm = Some(deadline);
+                self.worker.spawn(end_waits(Arc::downgrade(self), deadline));
+            }
+            key
+        };
+        self.serve();
+        Wait { pool: self.clone(), key, since: now }
+    }
+
+    /// Answers those who have waited too long; when to do it again.
+    fn end_long_waits(&self, now: Instant) -> Option<Instant> {
         let (open, _) = self.connections();
         let shard = self.budget.open();
+        let why = |place: &Place| {
+            let waited = place.deadline.map(|deadline| deadline.duration_since(place.since)).unwrap_or_default();
+            CheckoutError::Failed(self.waited_too_long(waited, open, shard))
+        };
+        let (wake, next) = {
+            let mut state = self.state.lock();
+            let (wake, next) = state.waiters.expire(now, why);
+            state.alarm = next;
+            (wake, next)
+        };
+        for waker in wake {
+            waker.wake();
+        }
+        next
+    }
+
+    fn waited_too_long(&self, waited: Duration, open: usize, shard: usize) -> PgError {
         PgError::fatal(sqlstate::TOO_MANY_CONNECTIONS, "query_wait_timeout: no server connection became free")
             .detail(format!(
                 "Waited {waited:?}; tenant \"{}\" has {open} server connections, its shard has {shard}.",
@@ -370,29 +420,33 @@ impl Pool {
     /// Takes a connection back that is clean and idle.
     pub(super) fn checkin(self: &Arc<Self>, mut conn: Box<ServerConnection>, now: Instant) {
         conn.last_used = now;
-        let to_close = {
+        let (to_close, wake) = {
             let mut state = self.state.lock();
-            let oldest = state.waiters.front().map(|waiter| waiter.since);
-            let elsewhere =
-                self.budget.contended() && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
+            let oldest = state.waiters.oldest();
+            let elsewhere = self.budget.contended()
+                && now.duration_since(conn.opened) >= self.budget.quantum()
+                && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
             if state.retired || conn.expires <= now || elsewhere {
-                Some(conn)
+                (Some(conn), None)
             } else {
-                let conn = state.hand_over(conn);
-                // A waiter with other settings cannot use it and would otherwise wait for ever for this slot.
-                let starved = !state.waiters.is_empty() && state.open >= self.limits.default_pool_size;
-                match conn {
-                    Some(conn) if starved => Some(conn),
-                    Some(conn) => {
-                        state.idle.push(conn);
-                        None
+                match state.waiters.give(conn, now) {
+                    Ok(wake) => (None, wake),
+                    // A waiter with other settings cannot use it and would otherwise wait for ever for this slot.
+                    Err(conn) if !state.waiters.is_empty() && state.open >= self.limits.default_pool_size => {
+                        (Some(conn), None)
                     }
-                    None => None,
+                    Err(conn) => {
+                        state.idle.push(conn);
+                        (None, None)
+                    }
                 }
             }
         };
         // Outside the lock: its slot goes to the next in line.
         drop(to_close);
+        if let Some(waker) = wake {
+            waker.wake();
+        }
     }
 
     /// Opens connections for those who wait, as far as pool size and budget allow.
@@ -400,7 +454,6 @@ impl Pool {
         loop {
             let (since, ticket) = {
                 let mut state = self.state.lock();
-                state.waiters.retain(|waiter| !waiter.reply.is_closed());
                 let unmet = state.waiters.len() > state.connecting;
                 if state.retired || !unmet || state.open >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
@@ -415,19 +468,23 @@ impl Pool {
                     }
                     continue;
                 }
-                let waiter = &state.waiters[state.connecting];
-                (waiter.since, waiter.ticket.clone())
+                let position = state.connecting;
+                match state.waiters.first_without_turn(position) {
+                    Some(place) => (place.since, place.ticket()),
+                    None => return,
+                }
             };
             if self.budget.try_reserve() {
                 if !self.open_with_slot() {
                     self.budget.release();
                     return;
                 }
-            } else if !self.budget.evict_for(self) {
+            } else if self.budget.oldest().is_some() || !self.budget.evict_for(Some(self)) {
+                // Who stands in the shard's queue has found nothing to evict; what became idle since went to them.
                 self.budget.enqueue(since, self, ticket);
+                self.budget.watch(&self.worker);
                 // A slot may have become free between the two steps.
                 self.budget.grant();
-                return;
             }
         }
     }
@@ -439,8 +496,9 @@ impl Pool {
             if state.retired || state.open >= self.limits.default_pool_size || state.waiters.len() <= state.connecting {
                 return false;
             }
-            let waiter = &state.waiters[state.connecting];
-            let wanted = (waiter.settings.clone(), waiter.application_name.clone());
+            let position = state.connecting;
+            let Some(place) = state.waiters.at(position) else { return false };
+            let wanted = (place.settings.clone(), place.application_name.clone());
             state.open += 1;
             state.connecting += 1;
             wanted
@@ -470,7 +528,7 @@ impl Pool {
     /// they do when our own budget is spent.
     fn login_failed(self: &Arc<Self>, error: PgError) {
         if error.code == sqlstate::TOO_MANY_CONNECTIONS {
-            self.budget.evict_for(self);
+            self.budget.evict_for(Some(self));
             let pool = self.clone();
             self.worker.spawn(async move {
                 tokio::time::sleep(SERVER_FULL_PAUSE).await;
@@ -478,23 +536,34 @@ impl Pool {
             });
             return;
         }
-        let waiter = self.state.lock().waiters.pop_front();
-        if let Some(waiter) = waiter {
-            let _ = waiter.reply.send(Err(CheckoutError::Failed(error)));
-            self.serve();
+        let wake = {
+            let mut state = self.state.lock();
+            if state.waiters.is_empty() {
+                return;
+            }
+            state.waiters.answer(0, Err(CheckoutError::Failed(error)), Instant::now())
+        };
+        if let Some(waker) = wake {
+            waker.wake();
         }
+        self.serve();
     }
 
     /// Ends the pool: idle connections close now, others when they come back; those who wait route again.
     fn retire(&self) {
-        let (idle, waiters) = {
+        let (idle, wake) = {
             let mut state = self.state.lock();
             state.retired = true;
-            (std::mem::take(&mut state.idle), std::mem::take(&mut state.waiters))
+            let (now, mut wake) = (Instant::now(), Vec::new());
+            while !state.waiters.is_empty() {
+                wake.extend(state.waiters.answer(0, Err(CheckoutError::Retired), now));
+            }
+            (std::mem::take(&mut state.idle), wake)
         };
         drop(idle);
-        for waiter in waiters {
-            let _ = waiter.reply.send(Err(CheckoutError::Retired));
+        self.listeners.retire();
+        for waker in wake {
+            waker.wake();
         }
         self.budget.leave(self);
     }
@@ -506,13 +575,16 @@ impl Pool {
         empty
     }
 
-    pub(super) fn oldest_idle(&self) -> Option<Instant> {
-        self.state.lock().idle.iter().map(|conn| conn.last_used).min()
+    /// When the least recently used of the idle connections that others may have was used.
+    pub(super) fn oldest_idle(&self, now: Instant) -> Option<Instant> {
+        let state = self.state.lock();
+        state.idle.iter().filter(|conn| self.budget.spares(conn, now)).map(|conn| conn.last_used).min()
     }
 
-    pub(super) fn take_oldest_idle(&self) -> Option<Box<ServerConnection>> {
+    pub(super) fn take_oldest_idle(&self, now: Instant) -> Option<Box<ServerConnection>> {
         let mut state = self.state.lock();
-        let at = state.idle.iter().enumerate().min_by_key(|(_, conn)| conn.last_used)?.0;
+        let spared = state.idle.iter().enumerate().filter(|(_, conn)| self.budget.spares(conn, now));
+        let at = spared.min_by_key(|(_, conn)| conn.last_used)?.0;
         Some(state.idle.remove(at))
     }
 
@@ -567,19 +639,47 @@ impl State {
         let at = self.idle_at(settings)?;
         Some(self.idle.remove(at))
     }
+}
 
-    /// Gives a connection to the first waiter that can use it; hands it back if there is none.
-    fn hand_over(&mut self, mut conn: Box<ServerConnection>) -> Option<Box<ServerConnection>> {
-        while let Some(at) = self.waiters.iter().position(|waiter| waiter.settings == conn.settings) {
-            let Some(waiter) = self.waiters.remove(at) else { break };
-            match waiter.reply.send(Ok(conn)) {
-                Ok(()) => return None,
-                // It has given up in the meantime.
-                Err(Ok(back)) => conn = back,
-                Err(Err(_)) => return None,
-            }
+/// Standing in line for a connection, see [`Pool::wait`]. Dropping it gives the place up.
+pub struct Wait {
+    pool: Arc<Pool>,
+    key: usize,
+    since: Instant,
+}
+
+impl Future for Wait {
+    type Output = (Result<Option<Lease>, CheckoutError>, Duration);
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let (answer, at) = std::task::ready!(self.pool.state.lock().waiters.poll(self.key, cx.waker()));
+        let lease = answer.map(|mut conn| conn.is_quiet().then(|| Lease::new(conn)));
+        Poll::Ready((lease, at.duration_since(self.since)))
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let untaken = self.pool.state.lock().waiters.leave(self.key);
+        if let Some(conn) = untaken {
+            self.pool.checkin(conn, Instant::now());
         }
-        Some(conn)
+    }
+}
+
+/// Ends waits that take too long: one task per pool, while anybody has waited lately.
+async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
+    loop {
+        tokio::time::sleep_until(at).await;
+        let Some(pool) = pool.upgrade() else { return };
+        // Another task has taken over, for somebody with a shorter patience.
+        if pool.state.lock().alarm != Some(at) {
+            return;
+        }
+        match pool.end_long_waits(Instant::now()) {
+            Some(next) => at = next,
+            None => return,
+        }
     }
 }
 

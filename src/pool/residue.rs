@@ -14,6 +14,8 @@ pub struct Residue {
     pub parameters: Vec<u16>,
     /// Something else may have changed.
     pub unknown: bool,
+    /// Among that, as the text says, what the session listens to.
+    pub listens: bool,
     /// All settings may have been reset.
     pub resets: bool,
     /// What pins a client may be gone: a table dropped, a cursor closed, a lock released, a statement deallocated.
@@ -65,6 +67,7 @@ impl Residue {
     /// Both.
     pub fn merge(&mut self, other: &Self) {
         self.unknown |= other.unknown;
+        self.listens |= other.listens;
         self.resets |= other.resets;
         self.frees |= other.frees;
         self.seeds |= other.seeds;

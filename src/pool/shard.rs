@@ -3,16 +3,24 @@
 //! Invariant: open connections (those being opened included) never exceed the limit.
 //!
 //! A checkout that finds the budget spent first takes the slot of the least recently used idle connection of any
-//! tenant; only if every connection is busy does its pool queue up here, first come, first served.
+//! tenant; only if every connection is in use does its pool queue up here, first come, first served.
+//!
+//! "In use" is wider than "busy": a login costs as much as a hundred short transactions, so a connection that was used
+//! a moment ago stays with its tenant until it has been open for a [quantum](Budget::quantum). Otherwise more tenants
+//! than connections would log in for every transaction.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::Pool;
+use super::connect::ServerConnection;
+use super::faces::Faces;
 use crate::metrics::ShardStats;
 
 /// The budget of one shard.
@@ -23,6 +31,8 @@ pub struct Budget {
     state: Mutex<State>,
     /// Counters of the shard.
     pub stats: Arc<ShardStats>,
+    /// Whose its server processes are.
+    pub faces: Arc<Faces>,
 }
 
 #[derive(Default)]
@@ -30,7 +40,19 @@ struct State {
     open: usize,
     pools: Vec<Weak<Pool>>,
     queue: VecDeque<Turn>,
+    /// Whether a task looks for connections that fall idle while others wait.
+    watched: bool,
 }
+
+/// An idle connection that was used more recently than this counts as in use.
+const GRACE: Duration = Duration::from_millis(10);
+
+/// How much of a tenant's time with a connection the budget allows per connection: with `n` connections one comes of
+/// age every 50 ms, which bounds both the logins (20 a second) and the newcomer's wait.
+const SHARE: Duration = Duration::from_millis(50);
+
+/// Longest time that a connection is kept from others who wait.
+const LONGEST_QUANTUM: Duration = Duration::from_secs(5);
 
 /// A place in the queue; void once the checkout that stands behind it is over.
 struct Turn {
@@ -44,13 +66,18 @@ pub(super) type Ticket = Weak<()>;
 
 impl Budget {
     /// A budget of `limit` connections.
-    pub fn new(limit: usize, stats: Arc<ShardStats>) -> Self {
-        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats }
+    pub fn new(limit: usize, stats: Arc<ShardStats>, faces: Arc<Faces>) -> Self {
+        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats, faces }
     }
 
     /// Connections open or being opened.
     pub fn open(&self) -> usize {
         self.state.lock().open
+    }
+
+    /// Whether a slot is free.
+    pub(super) fn has_room(&self) -> bool {
+        self.open() < self.limit.load(Ordering::Relaxed)
     }
 
     /// Changes the limit; connections above it go as they become idle.
@@ -136,21 +163,58 @@ impl Budget {
         }
     }
 
+    /// How long a connection that is in use is kept for its tenant while others wait for one.
+    pub(super) fn quantum(&self) -> Duration {
+        let limit = u32::try_from(self.limit.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        SHARE.saturating_mul(limit).min(LONGEST_QUANTUM)
+    }
+
+    /// Whether an idle connection may be closed for somebody else.
+    pub(super) fn spares(&self, conn: &ServerConnection, now: Instant) -> bool {
+        now.duration_since(conn.last_used) >= GRACE || now.duration_since(conn.opened) >= self.quantum()
+    }
+
     /// Closes the least recently used idle connection of another pool, so that its slot becomes free.
     ///
     /// Looks at every pool that has connections, of which there are at most as many as the limit.
-    pub(super) fn evict_for(&self, wanting: &Pool) -> bool {
+    pub(super) fn evict_for(&self, wanting: Option<&Pool>) -> bool {
+        let now = Instant::now();
+        let is_own = |pool: &Arc<Pool>| wanting.is_some_and(|own| std::ptr::eq(Arc::as_ptr(pool), own));
         let oldest = self
             .pools()
             .into_iter()
-            .filter(|pool| !std::ptr::eq(Arc::as_ptr(pool), wanting))
-            .filter_map(|pool| pool.oldest_idle().map(|since| (since, pool)))
+            .filter(|pool| !is_own(pool))
+            .filter_map(|pool| pool.oldest_idle(now).map(|since| (since, pool)))
             .min_by_key(|(since, _)| *since);
-        let evicted = oldest.and_then(|(_, pool)| pool.take_oldest_idle());
+        let evicted = oldest.and_then(|(_, pool)| pool.take_oldest_idle(now));
         if evicted.is_some() {
             self.stats.evictions.fetch_add(1, Ordering::Relaxed);
         }
-        // Dropping it releases its slot, which the queue would get; nobody queues while something can be evicted.
+        // Dropping it releases its slot, which goes to the first in the queue.
         evicted.is_some()
+    }
+
+    /// Sees to it that connections which fall idle while others wait are closed for them.
+    pub(super) fn watch(self: &Arc<Self>, worker: &Handle) {
+        if !std::mem::replace(&mut self.state.lock().watched, true) {
+            worker.spawn(close_idle(Arc::downgrade(self)));
+        }
+    }
+
+    /// Whether the queue is still there to be watched for.
+    fn is_watched(&self) -> bool {
+        let queued = self.oldest().is_some();
+        let mut state = self.state.lock();
+        state.watched = queued || !state.queue.is_empty();
+        state.watched
+    }
+}
+
+/// Runs while anybody is in the queue.
+async fn close_idle(budget: Weak<Budget>) {
+    loop {
+        tokio::time::sleep(GRACE).await;
+        let Some(budget) = budget.upgrade().filter(|budget| budget.is_watched()) else { return };
+        while budget.oldest().is_some() && budget.evict_for(None) {}
     }
 }

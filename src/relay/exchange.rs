@@ -9,8 +9,11 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::time::Instant;
 
-use super::watch::{Guard, attempt, note_error};
+use crate::pool::connect::ServerConnection;
+
+use super::watch::{Guard, Refused, attempt};
 use super::*;
+use crate::metrics::PIN_REASONS;
 
 /// See [`Relay::adopt_params`].
 #[inline]
@@ -31,9 +34,15 @@ impl Relay {
         if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
             return Some(end);
         }
+        if self.ears.is_some()
+            && let Err(end) = Box::pin(self.double(&mut lease)).await
+        {
+            return Some(end);
+        }
+        lease.conn().face().lend(self.client.key.pid);
         self.client.key.entry.bind(lease.conn().cancel_target());
         self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
-        (self.waits, self.server_deaf, self.farewell) = (Waits::Nobody, false, false);
+        (self.waits, self.server_deaf, self.farewell, self.held) = (Waits::Nobody, false, false, false);
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
             outcome = match Box::pin(self.settle(&mut lease)).await {
@@ -74,7 +83,7 @@ impl Relay {
     }
 
     fn give_back(&mut self, mut lease: Lease) {
-        let untidy = self.session.take_untidy();
+        let untidy = self.session.take_untidy() || self.is_doubled();
         let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !untidy;
         self.pin(None);
         if self.seeded {
@@ -113,49 +122,77 @@ impl Relay {
 
     /// Whether something may be left on the server connection that has to be found out before it can go back, or stay.
     fn must_settle(&self) -> bool {
-        self.client.rules.pool_mode == PoolMode::Auto && self.session.has_residue() && !self.leaving
+        self.client.rules.pool_mode == PoolMode::Auto && (self.session.has_residue() || self.held) && !self.leaving
     }
 
-    /// Finds out what the transaction has left behind, while the client already has its answer.
+    /// Finds out what the transaction has left behind, while the client already has its answer, unless it listens.
     async fn settle(&mut self, lease: &mut Lease) -> Result<(), PgError> {
-        poll_fn(|cx| {
-            // As much of it as it takes: whether it has gone is found out later.
-            let _ = self.poll_send_down(cx);
-            Poll::Ready(())
-        })
-        .await;
-        let residue = self.session.take_residue();
+        if !self.held {
+            poll_fn(|cx| {
+                // As much of it as it takes: whether it has gone is found out later.
+                let _ = self.poll_send_down(cx);
+                Poll::Ready(())
+            })
+            .await;
+        }
+        let held = std::mem::take(&mut self.held);
         let conn = lease.conn();
-        let failed = |detail: String| {
+        let timeout = self.client.rules.settle_timeout();
+        let lost = |why: String| {
             let text = "lost track of the session's state";
-            PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail).hint("Connect again.")
+            PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(why).hint("Connect again.")
         };
-        let work = settle::settle(conn, &residue, &self.carried, self.pinned);
-        let settled = tokio::time::timeout(self.client.rules.settle_timeout(), work).await;
-        let settled = settled
-            .map_err(|_| failed("The server did not say in time what the session holds.".to_owned()))?
-            .map_err(|error| failed(format!("{error}.")))?;
-        self.carried = self.pool.intern_carried(settled.carried);
+        let slow = |_| lost("The server did not say in time what the session holds.".to_owned());
+        let failed = |error| lost(format!("{error}."));
+        let residue = self.session.take_residue();
+        let (mut listens, mut pinned) = (None, self.pinned);
+        if !residue.is_none() {
+            let work = settle::settle(conn, &residue, &self.carried, self.pinned, self.ears.is_some());
+            let settled = tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
+            self.carried = self.pool.intern_carried(settled.carried);
+            (pinned, listens) = (settled.pinned, settled.listens);
+        }
         conn.applied = self.carried.clone();
         self.session.set_scope(self.carried.get("search_path").map(|path| &**path));
         self.seeded |= residue.seeds;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
         // These two are not asked of the server: they come and go with what the client says.
-        let held = settled.pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED].contains(reason));
-        let held = held.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
-        self.pin(held);
+        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED].contains(reason));
+        pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
+        if self.ears.is_some() || listens.is_some() {
+            // The listener has patience of its own.
+            let work = self.settle_ears(conn, listens, pinned, held);
+            pinned = tokio::time::timeout(timeout * 4, work).await.map_err(slow)?.map_err(failed)?;
+        }
+        self.pin(pinned);
         self.adopt_params(lease);
-        if held.is_none() && residue.unknown {
+        if pinned.is_none() && residue.unknown {
             // A setting with a prefix of its own is in no list: whoever comes next is not to find it.
             let work = lease.conn().simple_queries(&["RESET ALL"]);
-            let done = tokio::time::timeout(self.client.rules.settle_timeout(), work).await;
-            done.map_err(|_| failed("The server did not answer in time.".to_owned()))?
-                .map_err(|error| failed(format!("{error}.")))?;
+            tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
             lease.conn().applied = self.pool.intern_carried(Arc::default());
             self.has_params = true;
         }
-        if held.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
-            self.carry_settings(lease).await.map_err(|_| failed("Its settings could not be restored.".to_owned()))?;
+        if pinned.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
+            self.carry_settings(lease).await.map_err(|_| lost("Its settings could not be restored.".to_owned()))?;
+        }
+        self.give_answer(lease.conn(), held)
+    }
+
+    /// Sends what was held back, and the notifications that came in the meantime.
+    fn give_answer(&mut self, conn: &mut ServerConnection, held: bool) -> Result<(), PgError> {
+        let mut heard = BytesMut::new();
+        for body in std::mem::take(&mut conn.heard) {
+            if self.hear(conn, &body, &mut heard).is_err() {
+                return Err(PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "malformed notification from the server"));
+            }
+        }
+        if !heard.is_empty() {
+            self.down.out(&self.worker.buffers).extend_from_slice(&heard);
+        }
+        if held {
+            self.take_mail();
+            message::ready_for_query(self.down.out(&self.worker.buffers), b'I');
         }
         Ok(())
     }
@@ -177,15 +214,18 @@ impl Relay {
     }
 
     fn poll_exchange(&mut self, cx: &mut Context<'_>, lease: &mut Lease) -> Poll<Outcome> {
+        let mut registered = false;
         loop {
-            match self.client.signals.poll(cx) {
-                Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
-                Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
-                    return Poll::Ready(Outcome::Told(reason));
+            if !std::mem::replace(&mut registered, true) || self.client.signals.is_raised() {
+                match self.client.signals.poll(cx) {
+                    Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
+                    Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
+                        return Poll::Ready(Outcome::Told(reason));
+                    }
+                    // A wait that was cancelled too late: the request is at the server now, and is left alone.
+                    Poll::Ready(Signal::CancelWait) => continue,
+                    _ => {}
                 }
-                // A wait that was cancelled too late: the request is at the server now, and is left alone.
-                Poll::Ready(Signal::CancelWait) => continue,
-                _ => {}
             }
             let up = self.poll_up(cx, lease);
             if let Poll::Ready(Some(outcome)) = up {
@@ -201,7 +241,12 @@ impl Relay {
             if self.leaving && self.session.waits_for_client() {
                 return Poll::Ready(Outcome::ClientGone);
             }
-            if down.is_pending() && up.is_pending() {
+            if self.may_take_mail() {
+                self.take_mail();
+                continue;
+            }
+            // What `up` has moved, `down` has seen the consequences of: it was asked later.
+            if down.is_pending() {
                 return if self.is_too_slow(cx) { Poll::Ready(self.too_slow()) } else { Poll::Pending };
             }
         }
@@ -215,7 +260,11 @@ impl Relay {
             PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
             PoolMode::Session => self.leaving,
         };
-        wanted && self.session.is_idle() && !self.up.has_output() && !self.up.mid_frame() && !self.down.in_frame()
+        (wanted || self.held)
+            && self.session.is_idle()
+            && !self.up.has_output()
+            && !self.up.mid_frame()
+            && !self.down.in_frame()
     }
 
     /// Client to server. `Ready(None)`: something moved.
@@ -241,7 +290,7 @@ impl Relay {
                 self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
                 continue;
             }
-            if self.leaving || self.held_up || self.is_over() && moved {
+            if self.leaving || self.held_up || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
                 break;
             }
             match self.up.poll_fill(cx, &mut self.client.stream, &self.worker.buffers) {
@@ -269,6 +318,9 @@ impl Relay {
             }
             let header = frame::header(unseen).map_err(|e| Outcome::Told(invalid_length(e)))?;
             let Some(header) = header else { return Ok(()) };
+            if self.holds_ready() && self.must_wait() {
+                return Ok(());
+            }
             if header.tag == b'X' {
                 self.leaving = true;
                 return Ok(());
@@ -286,7 +338,14 @@ impl Relay {
                 self.transaction_since.get_or_insert(now);
             }
             let seen = unseen.len().min(header.total);
-            let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+            if matches!(header.tag, b'Q' | b'P' | b'B' | b'F') && !self.session.is_skipping() {
+                let recent = &mut lease.conn().recent;
+                if self.session.owes_nothing() {
+                    recent.clear();
+                }
+                recent.note(&unseen[..seen]);
+            }
+            let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
             let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
             match verdict.map_err(Outcome::Told)? {
@@ -303,9 +362,7 @@ impl Relay {
                     self.up.swallow(header.total);
                 }
             }
-            if self.session.owes_answer() {
-                self.session.flush_ours(self.down.out(&self.worker.buffers));
-            }
+            self.give_our_answers();
         }
     }
 
@@ -328,7 +385,10 @@ impl Relay {
                 match self.poll_send_down(cx) {
                     Poll::Ready(Ok(())) => moved = true,
                     Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ClientGone)),
-                    Poll::Pending => break,
+                    Poll::Pending => {
+                        self.stalled_since.get_or_insert_with(Instant::now);
+                        break;
+                    }
                 }
             }
             if moved && self.is_over() {
@@ -347,7 +407,10 @@ impl Relay {
                         break;
                     }
                 }
-                Poll::Pending => break,
+                Poll::Pending => {
+                    self.stalled_since = None;
+                    break;
+                }
             }
         }
         if moved { Poll::Ready(None) } else { Poll::Pending }
@@ -358,6 +421,7 @@ impl Relay {
         self.down.continue_frame();
         let mut scratch = BytesMut::new();
         loop {
+            self.give_our_answers();
             let unseen = self.down.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
                 return Ok(());
@@ -387,11 +451,29 @@ impl Relay {
                         continue;
                     }
                 }
-                b'E' => self.farewell |= note_error(&self.worker, &self.client, &self.observed, frame),
+                b'A' => {
+                    if frame.len() < header.total {
+                        return Err(out_of_step(&"notification too long"));
+                    }
+                    self.hear(lease.conn(), &frame[HEADER..], &mut scratch)?;
+                    self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    scratch.clear();
+                    self.down.swallow(header.total);
+                    continue;
+                }
+                b'E' => {
+                    let guard = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
+                    let refused = Refused { guard, session: &self.session, recent: &lease.conn().recent };
+                    self.farewell |= refused.note(frame);
+                }
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
             match verdict.map_err(|desync| out_of_step(&desync))? {
+                Verdict::Forward if header.tag == b'Z' && self.holds_ready() && self.session.is_idle() => {
+                    self.held = true;
+                    self.down.swallow(header.total);
+                }
                 Verdict::Forward => self.down.approve(header.total),
                 Verdict::Swallow => self.down.swallow(header.total),
                 Verdict::Replace | Verdict::Instead => {
@@ -400,12 +482,17 @@ impl Relay {
                     self.down.swallow(header.total);
                 }
             }
-            if self.session.owes_answer() {
-                self.session.flush_ours(self.down.out(&self.worker.buffers));
-            }
             if header.tag == b'Z' {
                 self.account();
             }
+        }
+    }
+
+    /// Answers of ours whose turn it is. A message of the server's that is half way through comes first, whole.
+    #[inline]
+    fn give_our_answers(&mut self) {
+        if self.session.owes_answer() && !self.down.mid_frame() {
+            self.session.flush_ours(self.down.out(&self.worker.buffers));
         }
     }
 
@@ -422,6 +509,7 @@ impl Relay {
     #[inline]
     fn account(&mut self) {
         let now = Instant::now();
+        self.memory.answered();
         let stats = &self.worker.stats;
         let queries = self.session.take_queries();
         if queries > 0 {
@@ -468,13 +556,15 @@ impl Relay {
     /// configuration has such a limit.
     fn is_too_slow(&mut self, cx: &mut Context<'_>) -> bool {
         let rules = &self.client.rules;
-        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() {
+        let idle = if self.pinned.is_some() { rules.pin_timeout } else { rules.client_idle_timeout };
+        if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() && idle.is_zero() {
             return false;
         }
         let waiting_for = if self.session.is_idle_in_transaction() {
             Waits::Client
         } else if self.session.is_idle() {
-            Waits::Nobody
+            let keeps = self.pinned.is_some() || rules.pool_mode == PoolMode::Session;
+            if keeps { Waits::Pinned } else { Waits::Nobody }
         } else {
             Waits::Server
         };
@@ -483,6 +573,7 @@ impl Relay {
             let timeout = match waiting_for {
                 Waits::Client => rules.idle_transaction_timeout,
                 Waits::Server => rules.query_timeout,
+                Waits::Pinned => idle,
                 Waits::Nobody => Duration::ZERO,
             };
             self.arm(timeout);
@@ -491,7 +582,16 @@ impl Relay {
     }
 
     fn too_slow(&self) -> Outcome {
-        Outcome::Told(if self.session.is_idle_in_transaction() {
+        Outcome::Told(if let (Waits::Pinned, Some(reason)) = (self.waits, self.pinned) {
+            PgError::fatal(sqlstate::IDLE_SESSION_TIMEOUT, "pin_timeout")
+                .detail(format!(
+                    "The client kept a server connection ({}) and was idle for longer than the proxy allows.",
+                    PIN_REASONS[reason]
+                ))
+                .hint("End what keeps it: drop temporary tables, close cursors, release advisory locks, DEALLOCATE, or DISCARD ALL.")
+        } else if self.waits == Waits::Pinned {
+            PgError::fatal(sqlstate::IDLE_SESSION_TIMEOUT, "client_idle_timeout")
+        } else if self.session.is_idle_in_transaction() {
             PgError::fatal(sqlstate::IDLE_IN_TRANSACTION_TIMEOUT, "idle_transaction_timeout")
                 .detail("The transaction was idle for longer than the proxy allows.")
         } else {

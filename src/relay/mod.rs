@@ -7,14 +7,15 @@ mod exchange;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+pub mod mention;
 pub mod names;
+mod notify;
 pub mod scan;
 pub mod session;
 pub mod settle;
 pub mod track;
 mod watch;
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -45,7 +46,7 @@ use flow::Flow;
 use guard::{Neighbours, Seat};
 use lex::Lex;
 use session::{Link, Session, Verdict, Ward};
-use watch::Guard;
+use watch::{Guard, Memory};
 
 /// What all clients of one worker thread share.
 pub struct Worker {
@@ -78,6 +79,8 @@ pub struct Rules {
     pub client_idle_timeout: Duration,
     /// Longest silence of a client inside a transaction; zero is for ever.
     pub idle_transaction_timeout: Duration,
+    /// Longest silence of a client that keeps its server connection, outside a transaction; zero is for ever.
+    pub pin_timeout: Duration,
     /// Longest query; zero is for ever.
     pub query_timeout: Duration,
     /// What becomes of statements that reach for another tenant.
@@ -97,8 +100,6 @@ pub struct Client {
     pub id: u64,
     /// Its socket.
     pub stream: Stream,
-    /// What it may have sent already.
-    pub early: Vec<u8>,
     /// Whom it belongs to.
     pub tenant: Arc<Tenant>,
     /// The directory's version that `tenant` was read at.
@@ -111,6 +112,8 @@ pub struct Client {
     pub params: Arc<Params>,
     /// Its cancel key.
     pub key: Key,
+    /// The server connection that it has already, with `pool_mode = "session"`.
+    pub lease: Option<Lease>,
     /// How to reach its task.
     pub signals: Arc<Signals>,
     /// Its tenant's counters.
@@ -136,10 +139,16 @@ pub enum End {
     Server,
 }
 
-/// Serves the client until it leaves. Dropping the future closes both connections.
-pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + Send {
+/// Serves the client until it leaves, and says how that came; `early` is what it has sent already. Dropping the future
+/// closes both connections.
+pub fn run<F: FnOnce(End) + Send>(
+    client: Client,
+    early: &[u8],
+    worker: Arc<Worker>,
+    at_end: F,
+) -> impl Future<Output = ()> + Send + use<F> {
     // An idle client costs little more than this future: what is rare is boxed where it happens.
-    let mut relay = Relay::new(client, worker);
+    let mut relay = Relay::new(client, early, worker);
     async move {
         let end = relay.serve().await;
         match &end {
@@ -148,7 +157,8 @@ pub fn run(client: Client, worker: Arc<Worker>) -> impl Future<Output = End> + S
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
-        end
+        drop(relay);
+        at_end(end);
     }
 }
 
@@ -166,11 +176,17 @@ struct Relay {
     waits: Waits,
     query_since: Option<Instant>,
     transaction_since: Option<Instant>,
+    /// Since when the client has not taken what the server has sent.
+    stalled_since: Option<Instant>,
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
+    /// What it listens to without one.
+    ears: Option<Box<notify::Ears>>,
+    /// Its ReadyForQuery is held back until what it listens to is settled.
+    held: bool,
     /// The client has seeded `random()` on the server connection that it keeps.
     seeded: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
@@ -183,8 +199,8 @@ struct Relay {
     server_deaf: bool,
     /// The server has said why it closes.
     farewell: bool,
-    /// The guard has counted the last text and let it through: what the server says to it is not counted again.
-    observed: Cell<bool>,
+    /// What the guard has seen, until the server has answered.
+    memory: Memory,
 }
 
 /// What a client does next.
@@ -203,11 +219,11 @@ enum Outcome {
 }
 
 impl Relay {
-    fn new(mut client: Client, worker: Arc<Worker>) -> Self {
+    fn new(client: Client, early: &[u8], worker: Arc<Worker>) -> Self {
         let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
-        let up = Flow::preload(&std::mem::take(&mut client.early));
+        let up = Flow::preload(early);
         Self {
             client,
             worker,
@@ -219,20 +235,28 @@ impl Relay {
             waits: Waits::Nobody,
             query_since: None,
             transaction_since: None,
+            stalled_since: None,
             ready_at: Instant::now(),
             carried,
             pinned: None,
+            ears: None,
+            held: false,
             seeded: false,
             leaving: false,
             held_up: false,
             has_params: false,
             server_deaf: false,
             farewell: false,
-            observed: Cell::new(false),
+            memory: Memory::default(),
         }
     }
 
     async fn serve(&mut self) -> End {
+        if let Some(lease) = self.client.lease.take()
+            && let Some(end) = self.lend(lease).await
+        {
+            return end;
+        }
         loop {
             match self.next_request().await {
                 Next::Request => {}
@@ -243,7 +267,7 @@ impl Relay {
             }
             let lease = match self.pool.try_checkout(&self.client.settings) {
                 Some(lease) => lease,
-                None => match Box::pin(self.checkout()).await {
+                None => match self.checkout().await {
                     Ok(Some(lease)) => lease,
                     Ok(None) => continue,
                     Err(end) => return end,
@@ -275,6 +299,7 @@ impl Relay {
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Next::Leave(End::Told(error))),
             }
+            self.take_mail();
             if self.down.has_output() && matches!(self.poll_send_down(cx), Poll::Ready(Err(_))) {
                 return Poll::Ready(Next::Leave(End::Lost));
             }
@@ -317,7 +342,7 @@ impl Relay {
     /// See [`Session::prepare_alone`].
     fn prepare_alone(&mut self) -> bool {
         let mut answers = BytesMut::new();
-        let ward = Guard { worker: &self.worker, client: &self.client, observed: &self.observed };
+        let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
         let registry = &self.pool.statements;
         let Some(done) = self.session.prepare_alone(self.up.unseen(), registry, &ward, &mut answers) else {
             return false;
@@ -334,31 +359,39 @@ impl Relay {
             if let Some(lease) = self.pool.try_checkout(&self.client.settings) {
                 return Ok(Some(lease));
             }
-            let waiting = Waiting::new(&self.worker.stats);
-            let since = Instant::now();
-            let (pool, signals) = (self.pool.clone(), self.client.signals.clone());
-            let settings = self.client.settings.clone();
+            let counted = Waiting::new(&self.worker.stats);
+            let client = &self.client;
+            let patience = client.rules.query_wait_timeout;
             // Who shares a server connection does not name it.
-            let own = self.client.rules.pool_mode == PoolMode::Session;
-            let name = if own { self.client.application_name.clone() } else { Arc::default() };
-            let mut checkout = std::pin::pin!(pool.checkout(&settings, &name, self.client.rules.query_wait_timeout));
+            let own = client.rules.pool_mode == PoolMode::Session;
+            let name = if own { client.application_name.clone() } else { Arc::default() };
+            let mut wait = self.pool.wait(&client.settings, &name, patience);
             let found = poll_fn(|cx| {
-                if let Poll::Ready(signal) = signals.poll(cx) {
+                if let Poll::Ready(signal) = client.signals.poll(cx) {
                     return Poll::Ready(Err(signal));
                 }
-                checkout.as_mut().poll(cx).map(Ok)
+                Pin::new(&mut wait).poll(cx).map(Ok)
             })
             .await;
-            drop(waiting);
-            self.worker.stats.wait_time.observe(since.elapsed());
+            let found = match found {
+                Ok((found, waited)) => {
+                    self.worker.stats.wait_time.observe(waited);
+                    Ok(found)
+                }
+                Err(signal) => Err(signal),
+            };
+            drop(wait);
+            drop(counted);
             match found {
-                Ok(Ok(lease)) => return Ok(Some(lease)),
-                Ok(Err(CheckoutError::Retired)) => {}
-                Ok(Err(CheckoutError::Failed(error))) => return self.refuse_request(error).await.map(|()| None),
+                Ok(Ok(Some(lease))) => return Ok(Some(lease)),
+                Ok(Ok(None) | Err(CheckoutError::Retired)) => {}
+                Ok(Err(CheckoutError::Failed(error))) => {
+                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
+                }
                 Err(Signal::Kill(reason) | Signal::Drain(reason)) => return Err(End::Told(reason)),
                 Err(Signal::CancelWait) => {
                     let error = PgError::error(sqlstate::QUERY_CANCELED, "canceling statement due to user request");
-                    return self.refuse_request(error).await.map(|()| None);
+                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
                 }
             }
         }
@@ -458,6 +491,8 @@ impl Drop for Relay {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     Nobody,
+    /// For a client that keeps the server connection.
+    Pinned,
     Client,
     Server,
 }

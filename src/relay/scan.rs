@@ -34,6 +34,20 @@ pub fn leaves_state(sql: &[u8]) -> bool {
     look(sql, Lex::default(), |_| false).leaves_state
 }
 
+/// Whether the text, however it is spelled, could change or show what the session listens to. Function bodies aside.
+pub fn may_listen(sql: &[u8]) -> bool {
+    ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+/// Whether a transaction that the text begins may still be open at its end.
+pub fn may_begin(sql: &[u8]) -> bool {
+    ["begin", "start"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+fn contains(sql: &[u8], word: &[u8]) -> bool {
+    sql.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
+}
+
 /// Whether the first word of the text, white space and comments aside, is this one (lower case).
 pub fn begins_with(sql: &[u8], word: &[u8]) -> bool {
     let mut scanner = Scanner::new(sql, Lex::default(), |_| false);

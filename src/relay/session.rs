@@ -70,6 +70,8 @@ pub trait Ward {
     fn may_be_tenant(&self, name: &[u8]) -> bool;
     /// Judges a suspicious text: what the client is told if it is refused.
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
+    /// A text goes through that may change what later ones mean, or is run later.
+    fn remember(&self, text: &[u8], lex: Lex);
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
 }
@@ -84,10 +86,15 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
     let residue = |seen: scan::Seen| {
         let mut residue = if seen.leaves_state { track::look(text, ward.lex()) } else { Residue::none() };
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
+        residue.listens = residue.unknown && scan::may_listen(text);
         residue
     };
     if !ward.looks() {
-        return Ok(residue(scan::look(text, Lex::default(), |_| false)));
+        let seen = scan::look(text, Lex::default(), |_| false);
+        if seen.suspicious {
+            ward.remember(text, ward.lex());
+        }
+        return Ok(residue(seen));
     }
     let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
@@ -228,6 +235,9 @@ const REJECTED: &str = "refused by pgusher:";
 /// lo_create, lo_tell(64), lo_unlink, lo_truncate(64), which libpq's lo_* functions call.
 const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172];
 
+/// Longer than any notification (bytes).
+const MAX_NOTIFICATION: usize = 16 << 10;
+
 /// Longest unnamed statement (bytes) that is remembered from one Sync to the next.
 const MAX_UNNAMED: usize = 64 << 10;
 
@@ -277,9 +287,42 @@ impl Session {
     /// Whether the server waits for the client, and does nothing more without: in a transaction, in a COPY, or in a
     /// group of messages without its Sync.
     pub fn waits_for_client(&self) -> bool {
-        let owed = ends_by_itself;
         let mid_work = self.status != b'I' || self.open_group || self.failed;
-        self.copy_in || (mid_work && !self.expects.iter().any(owed))
+        self.copy_in || (mid_work && !self.owes_ready())
+    }
+
+    /// Whether the server owes no answer.
+    #[inline]
+    pub fn owes_nothing(&self) -> bool {
+        self.expects.is_empty()
+    }
+
+    /// Whether messages are skipped until the next Sync.
+    #[inline]
+    pub fn is_skipping(&self) -> bool {
+        self.failed
+    }
+
+    /// Which of the messages with a statement or its values the server is working on, counted from the last one, which
+    /// is 1.
+    pub fn statements_owed(&self) -> usize {
+        let says = |e: &Expect| {
+            use Expect::*;
+            let parses = matches!(e, Parse(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
+        };
+        let owed = self.expects.iter().filter(|e| says(e)).count();
+        // Execute, Describe and Sync belong to what came before them.
+        owed + usize::from(!self.expects.front().is_some_and(says))
+    }
+
+    /// The text of a prepared statement, if it is known.
+    pub fn text_of(&self, name: &[u8]) -> Option<&[u8]> {
+        let body = match name {
+            b"" => self.unnamed.as_ref()?.body.as_slice(),
+            name => &self.named.get(name)?.body,
+        };
+        body.split(|&b| b == 0).next()
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -326,6 +369,17 @@ impl Session {
     #[inline]
     pub fn has_residue(&self) -> bool {
         !self.residue.is_none()
+    }
+
+    /// Whether it may have changed what the session listens to.
+    #[inline]
+    pub fn may_listen(&self) -> bool {
+        self.residue.listens
+    }
+
+    /// Whether the server owes a ReadyForQuery.
+    pub fn owes_ready(&self) -> bool {
+        self.expects.iter().any(ends_by_itself)
     }
 
     /// Notes what a text leaves behind when it runs. What was not seen whole cannot be vouched for.
@@ -577,6 +631,10 @@ impl Session {
         let Statements::Shared(max) = self.statements else {
             // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
             self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
+            if !name.is_empty() {
+                // Its text is not kept, and it may be run later.
+                link.ward.remember(text, link.ward.lex());
+            }
             self.note_residue(&residue, whole);
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
@@ -657,6 +715,7 @@ impl Session {
             translated
         });
         let body = translated.as_deref().unwrap_or(body);
+        let residue = if whole { residue } else { Residue::anything() };
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
         link.prepared.unnamed = Some(self.unnamed_owner());
         if let Statements::Shared(max) = self.statements {
@@ -969,6 +1028,8 @@ impl Session {
     pub fn needs_of_server(header: Header, limit: usize) -> usize {
         match header.tag {
             b'Z' | b'C' | b'E' | b'S' => header.total.min(limit),
+            // Bounded by the server: 8,000 bytes and a name.
+            b'A' => header.total.min(MAX_NOTIFICATION),
             _ => HEADER,
         }
     }

@@ -12,12 +12,16 @@ use std::sync::Arc;
 
 use crate::metrics::PIN_REASONS;
 use crate::pool::connect::{ServerConnection, ServerError};
+use crate::pool::listener::Channels;
 use crate::pool::params::Params;
 use crate::pool::residue::{Carried, Residue};
 use crate::tenant::sql::{Ident, Literal};
 
 /// An index into [`PIN_REASONS`].
 pub type Reason = usize;
+
+/// The one for `LISTEN`.
+pub const LISTEN: Reason = 3;
 
 /// Reasons that the server is asked about: the first ones.
 const ASKED: usize = 5;
@@ -31,11 +35,14 @@ const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 pub struct Settled {
     /// The client's settings from now on; they are applied on the connection.
     pub carried: Arc<Carried>,
-    /// Why the client has to keep the connection, if it has to.
+    /// Why the client has to keep the connection, if it has to; what it listens to aside.
     pub pinned: Option<Reason>,
+    /// What it listens to, if that was asked.
+    pub listens: Option<Channels>,
 }
 
-/// Asks the server what `residue` has come to, for a client that was `pinned` before.
+/// Asks the server what `residue` has come to, for a client that was `pinned`, or `listening` without that,
+/// before.
 ///
 /// # Errors
 /// The connection must be closed.
@@ -44,13 +51,14 @@ pub async fn settle(
     residue: &Residue,
     carried: &Arc<Carried>,
     pinned: Option<Reason>,
+    listening: bool,
 ) -> Result<Settled, ServerError> {
     // What takes away is of interest only where there is something.
-    let freed = residue.frees && pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN);
+    let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
     if !residue.unknown && !freed && (!residue.resets || carried.is_empty()) {
         let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
         let carried = if names.is_empty() { carried.clone() } else { ask(conn, &names, (**carried).clone()).await? };
-        return Ok(Settled { carried, pinned });
+        return Ok(Settled { carried, pinned, listens: None });
     }
     let mut rows = conn.rows(&[&PROBE.replace(HELD_LOCKS, HELD_LOCKS_SHIM)]).await;
     if matches!(rows, Err(ServerError::Server(_))) {
@@ -60,29 +68,34 @@ pub async fn settle(
     let rows = match rows {
         Ok(rows) => rows,
         // A place without the functions that the question needs.
-        Err(ServerError::Server(_)) => return Ok(Settled { carried: carried.clone(), pinned: Some(UNKNOWN) }),
+        Err(ServerError::Server(_)) => {
+            return Ok(Settled { carried: carried.clone(), pinned: Some(UNKNOWN), listens: None });
+        }
         Err(error) => return Err(error),
     };
     let row = rows.into_iter().next().unwrap_or_default();
     let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
-    let pinned = (0..ASKED).find(|at| holds(*at));
+    let pinned = (0..ASKED).find(|at| *at != LISTEN && holds(*at));
+    let malformed = |_| ServerError::Protocol("malformed answer");
+    let channels = row.get(LISTEN).and_then(Option::as_deref).unwrap_or("[]");
+    let listens: Channels = serde_json::from_str(channels).map_err(malformed)?;
     let listed = row.get(ASKED).and_then(Option::as_deref).unwrap_or("{}");
-    let listed: std::collections::BTreeMap<String, String> =
-        serde_json::from_str(listed).map_err(|_| ServerError::Protocol("malformed answer"))?;
+    let listed: std::collections::BTreeMap<String, String> = serde_json::from_str(listed).map_err(malformed)?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
     let own = |name: &&str| name.contains('.');
     let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();
     let known = listed.into_iter().filter(|(name, _)| !conn.params.has(name));
     let known: Carried = known.map(|(name, value)| (name.into(), value.into())).collect();
     let carried = if names.is_empty() { Arc::new(known) } else { ask(conn, &names, known).await? };
-    Ok(Settled { carried, pinned })
+    Ok(Settled { carried, pinned, listens: Some(listens) })
 }
 
 const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
       AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
 const HELD_LOCKS_SHIM: &str = "tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0";
 
-/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order, and the settings made in it.
+/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list),
+/// and the settings made in it.
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
 const PROBE: &str = "SELECT \
     EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
@@ -90,7 +103,7 @@ const PROBE: &str = "SELECT \
       OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
-    EXISTS (SELECT FROM pg_catalog.pg_listening_channels()), \
+    (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \
     EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
       AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
     (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), setting) FROM pg_catalog.pg_settings \

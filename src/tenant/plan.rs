@@ -143,7 +143,7 @@ pub const TENANT_COLUMN: &str = "tenant_id";
 /// Name of the policies.
 pub const POLICY: &str = "tenant_isolation";
 /// Raised when [`Plan::setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 3;
+pub const SETUP_VERSION: u32 = 4;
 /// What the comment on a role, schema or database of a tenant begins with; the id follows.
 pub const MARK: &str = "pgusher tenant";
 
@@ -194,6 +194,11 @@ impl Plan {
     /// Whether clients may name a database, and whatever `search_path` they like: only where there is nobody else.
     pub fn clients_choose_place(self) -> bool {
         self == Self::Cluster
+    }
+
+    /// Whether other tenants notify and listen in the same database.
+    pub fn shares_channels(self) -> bool {
+        matches!(self, Self::Rls | Self::Schema)
     }
 
     /// Whether the tenant's role may be a superuser: only where there is nobody else.

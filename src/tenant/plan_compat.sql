@@ -25,7 +25,7 @@ BEGIN
       OR p.proname ~ '^(query|cursor|table|schema|database)_to_xml'
       OR p.proname ~ '^pg_stat_get_'
       OR p.proname IN (
-           'pg_notify', 'pg_notification_queue_usage', 'pg_partition_tree', 'pg_lock_status', 'pg_prepared_xact',
+           'pg_notification_queue_usage', 'pg_partition_tree', 'pg_lock_status', 'pg_prepared_xact',
            'pg_blocking_pids', 'pg_safe_snapshot_blocking_pids', 'pg_current_wal_lsn', 'pg_current_wal_insert_lsn',
            'pg_current_wal_flush_lsn', 'pg_last_committed_xact', 'pg_xact_commit_timestamp', 'pg_export_snapshot',
            'pg_get_multixact_members', 'currtid2', 'pg_sequence_last_value', 'ts_stat'))
@@ -42,8 +42,10 @@ BEGIN
 END $$;
 
 REVOKE ALL ON pg_catalog.pg_db_role_setting, pg_catalog.pg_largeobject_metadata FROM PUBLIC;
--- An earlier version revoked it.
+-- Earlier versions revoked these. NOTIFY knows no privileges, so that a refusal of pg_notify stops applications and
+-- nobody else; the proxy delivers to a tenant what the tenant has sent.
 GRANT SELECT ON pg_catalog.pg_shdescription TO PUBLIC;
+GRANT EXECUTE ON FUNCTION pg_catalog.pg_notify(text, text) TO PUBLIC;
 REVOKE UPDATE ON pg_catalog.pg_settings FROM PUBLIC;
 
 -- A key space of advisory locks per tenant, so that migration tools of two tenants do not wait for each other. The

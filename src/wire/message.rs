@@ -359,6 +359,28 @@ pub fn backend_key_data(buf: &mut BytesMut, process_id: i32, secret_key: &[u8]) 
     });
 }
 
+/// NotificationResponse; `text` is channel and payload, each with its NUL.
+pub fn notification_response(buf: &mut BytesMut, process_id: i32, text: &[u8]) {
+    put_message(buf, b'A', |b| {
+        b.put_i32(process_id);
+        b.extend_from_slice(text);
+    });
+}
+
+/// Reads a NotificationResponse: process id, channel, and channel with payload as in the message.
+///
+/// # Errors
+/// It is none.
+pub fn read_notification(body: &[u8]) -> Result<(u32, &[u8], &[u8]), Malformed> {
+    let mut cursor = Cursor::new(body);
+    let pid = cursor.i32()?.cast_unsigned();
+    let text = &body[4..];
+    let channel = cursor.cstr()?;
+    cursor.cstr()?;
+    cursor.finish()?;
+    Ok((pid, channel, text))
+}
+
 /// ReadyForQuery with transaction status `I`, `T` or `E`.
 pub fn ready_for_query(buf: &mut BytesMut, status: u8) {
     put_message(buf, backend::READY_FOR_QUERY, |b| b.put_u8(status));

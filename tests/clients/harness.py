@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -156,6 +157,14 @@ class Dev:
     def admin(self, shard, sql):
         """Rows of a query as superuser, past the proxy."""
         return psql(shard["admin_dsn"], sql)
+
+    def violations(self):
+        """What cross_tenant_isolation_violations counts, as /metrics has it."""
+        with urllib.request.urlopen(self.ready["metrics"], timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        assert any(line.startswith("# TYPE cross_tenant_isolation_violations") for line in lines)
+        counts = [line for line in lines if line.startswith("cross_tenant_isolation_violations")]
+        return [line for line in counts if float(line.rsplit(" ", 1)[1]) > 0]
 
     def memory(self):
         """Resident now and at most so far, in kB."""

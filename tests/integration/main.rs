@@ -18,6 +18,7 @@ mod copy;
 mod demo;
 mod drain;
 mod failures;
+mod notify;
 mod pooling;
 mod provisioning;
 mod startup;

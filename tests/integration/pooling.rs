@@ -433,3 +433,70 @@ async fn different_startup_settings_share_a_full_pool() {
     futures_util::future::join_all(work).await;
     assert!(world.server_processes().await <= 2);
 }
+
+/// A client that keeps its server connection and does nothing with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_pinned_client_is_told_to_go_after_pin_timeout() {
+    let world = world(PoolMode::Auto, |config| config.pool.pin_timeout = Duration::from_millis(600)).await;
+    let (mut idle, mut free) = (world.raw("client_001").await, world.raw("client_001").await);
+    idle.query("CREATE TEMP TABLE t (a int)").await;
+    // In a transaction it is not idle in this sense, however long that takes.
+    idle.query("BEGIN").await;
+    idle.query("SELECT pg_sleep(1)").await;
+    assert_eq!(show(&idle.query("COMMIT").await), "C(COMMIT) Z(I)");
+    let error = idle.next().await.unwrap();
+    assert_eq!((error.code().as_str(), error.field(b'S').as_str()), ("57P05", "FATAL"));
+    assert!(error.field(b'D').contains("(temp)") && !error.field(b'H').is_empty(), "{error:?}");
+    assert!(idle.is_closed().await);
+    // Who keeps nothing may stay.
+    assert_eq!(free.value("SELECT 1").await, "1");
+}
+
+/// Settings say nothing about what else the session holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_client_stays_pinned_when_it_changes_a_setting() {
+    let world = world(PoolMode::Auto, |_| {}).await;
+    let (mut client, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    client.query("CREATE TEMP TABLE t AS SELECT 7 AS a").await;
+    client.query("SET work_mem = '1MB'").await;
+    // The server connection used last is the one that would be lent.
+    assert_eq!(other.value("SELECT count(*) FROM pg_class WHERE relpersistence = 't' AND relname = 't' AND pg_table_is_visible(oid)").await, "0");
+    assert_eq!(client.value("SELECT a FROM t").await, "7");
+}
+
+/// A client that keeps its server connection is told the number of its server process; cancels still go by our own key.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_session_mode_the_process_id_is_the_servers() {
+    let world = world(PoolMode::Session, |config| config.pool.default_pool_size = 2).await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    assert_ne!(one.pid, two.pid);
+    for client in [&mut one, &mut two] {
+        assert_eq!(pid(client).await, client.pid.to_string());
+    }
+    two.compose(|b| b.query("SELECT pg_sleep(60)")).await;
+    let sleeps = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {} AND query LIKE '%pg_sleep%'", two.pid);
+    world.admin_until(&sleeps, 1).await;
+    crate::raw::cancel(world.port, two.pid, &two.secret).await;
+    assert_eq!(show(&two.until_ready().await), "E(57014) Z(I)");
+    // Without a server connection at hand the number is made up, and nobody waits for it.
+    let mut late = world.raw("client_001").await;
+    assert!(late.pid != one.pid && late.pid != two.pid);
+    // The connection of one that goes is the next one's, number included.
+    let served = one.pid;
+    one.terminate().await;
+    assert_eq!(late.value("SELECT 1").await, "1");
+    late.terminate().await;
+    let idle = "pgusher_server_connections{shard=\"shard_1\",state=\"idle\"}";
+    world.metric_until(idle, 1.0).await;
+    assert_eq!(world.raw("client_001").await.pid, served);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_client_is_told_to_go_in_session_mode_too() {
+    let world = world(PoolMode::Session, |config| config.proxy.client_idle_timeout = Duration::from_millis(300)).await;
+    let mut client = world.raw("client_001").await;
+    client.query("BEGIN").await;
+    client.query("SELECT pg_sleep(0.5)").await;
+    assert_eq!(show(&client.query("COMMIT").await), "C(COMMIT) Z(I)");
+    assert_eq!(client.next().await.unwrap().code(), "57P05");
+}

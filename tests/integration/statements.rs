@@ -272,3 +272,28 @@ async fn a_driver_with_many_statements_beside_others() {
     });
     futures_util::future::join_all(work).await;
 }
+
+/// An answer that pgusher gives itself waits until the server's message before it has come whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_of_ours_do_not_break_into_a_long_message() {
+    let world = World::transaction(|_| {}).await;
+    let mut raw = world.raw("client_001").await;
+    // Its description has about 100 kB, so it comes in pieces.
+    let columns: Vec<String> = (0..1_600).map(|n| format!("1 AS a_rather_long_name_for_a_column_{n:015}")).collect();
+    prepare(&mut raw, "wide", &format!("SELECT {}", columns.join(", "))).await;
+    prepare(&mut raw, "one", "SELECT 1").await;
+    for round in 0..20 {
+        raw.compose(|b| {
+            b.describe(b'S', "wide");
+            // The server has this one: it is answered without it.
+            b.parse(&format!("again_{round}"), "SELECT 1");
+            b.close(b'S', &format!("again_{round}"));
+            b.sync();
+        })
+        .await;
+        let said = raw.until_ready().await;
+        let tags: String = said.iter().map(|m| char::from(m.tag)).collect();
+        assert_eq!(tags, "tT13Z");
+        assert!(said[1].body.len() > 50_000 && said[1].body.ends_with(&[0, 0]));
+    }
+}

@@ -20,6 +20,8 @@ impl Ward for Guard {
         text.starts_with(b"SET ROLE").then(|| PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "no"))
     }
 
+    fn remember(&self, _: &[u8], _: Lex) {}
+
     fn function_call_refused(&self) {}
 }
 

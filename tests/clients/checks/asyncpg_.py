@@ -5,7 +5,7 @@ import ssl
 
 import asyncpg
 
-from kit import ADMIN, CA, HOST, LOGINS, OWN, PORT, TENANT, check, equal, finish, running
+from kit import ADMIN, CA, HOST, LISTENS, LOGINS, OWN, PORT, TENANT, check, equal, finish, running
 
 
 def tls_context(tls):
@@ -144,6 +144,24 @@ async def main():
 
             await asyncio.gather(*(work(number) for number in range(40)))
             equal(await pool.fetchval("SELECT sum(n) FROM t_asyncpg_pool"), 780)
+
+    if LISTENS:
+        with check("notifications, one's own and another's"):
+            one, two = await connect(), await connect()
+            heard = asyncio.Queue()
+            await one.add_listener("t_asyncpg", lambda _, pid, channel, payload: heard.put_nowait((pid, channel, payload)))
+            await one.execute("SELECT pg_notify('t_asyncpg', $1)", "own")
+            equal(heard.get_nowait(), (one.get_server_pid(), "t_asyncpg", "own"))
+            async with two.transaction():
+                await two.execute("NOTIFY t_asyncpg, 'other'")
+            pid, channel, payload = await asyncio.wait_for(heard.get(), 30)
+            equal((pid == one.get_server_pid(), channel, payload), (False, "t_asyncpg", "other"))
+            await one.reset()
+            await one.execute("NOTIFY t_asyncpg, 'nobody'")
+            equal(await one.fetchval("SELECT count(*) FROM pg_listening_channels()"), 0)
+            equal(heard.empty(), True)
+            await one.close()
+            await two.close()
 
     with check("wrong password"):
         try:

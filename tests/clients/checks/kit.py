@@ -12,6 +12,8 @@ def told(name):
 
 
 HOST, PORT, CA, TENANT = told("HOST"), int(told("PORT")), told("CA"), told("TENANT")
+# LISTEN is refused in transaction mode.
+LISTENS = told("POOL_MODE") != "transaction"
 OWN = {"user": TENANT, "password": told("TENANT_PASSWORD"), "database": TENANT}
 APP, APP_PASSWORD = told("APP_USER"), told("APP_PASSWORD")
 ADMIN = {

@@ -6,7 +6,7 @@ import psycopg
 from psycopg import errors
 from psycopg_pool import ConnectionPool
 
-from kit import ADMIN, APP, APP_PASSWORD, CA, HOST, LOGINS, OWN, PORT, TENANT, check, equal, finish, running, wait_until
+from kit import ADMIN, APP, APP_PASSWORD, CA, HOST, LISTENS, LOGINS, OWN, PORT, TENANT, check, equal, finish, running, wait_until
 
 
 def parameters(login, tls):
@@ -179,6 +179,23 @@ for tls in ("plain", "verify-full"):
             thread.join()
             equal(type(outcome[0]), errors.AdminShutdown)
             equal("SSL error" in str(outcome[0]), False)
+
+if LISTENS:
+    with check("notifications, one's own and another's"), connect(autocommit=True) as one, connect() as two:
+        one.execute("LISTEN t_psycopg3")
+        one.execute("NOTIFY t_psycopg3, 'own'")
+        two.execute("SELECT pg_notify('t_psycopg3', 'other')")
+        two.commit()
+        heard = list(one.notifies(timeout=30, stop_after=2))
+        equal([(n.channel, n.payload, n.pid == one.info.backend_pid) for n in heard],
+              [("t_psycopg3", "own", True), ("t_psycopg3", "other", False)])
+        # Without autocommit: what is rolled back was not said.
+        two.execute("LISTEN t_psycopg3")
+        two.rollback()
+        one.execute("UNLISTEN t_psycopg3")
+        one.execute("NOTIFY t_psycopg3, 'nobody'")
+        equal(one.execute("SELECT count(*) FROM pg_listening_channels()").fetchone(), (0,))
+        equal(list(one.notifies(timeout=0.3)) + list(two.notifies(timeout=0.3)), [])
 
 with check("wrong password"):
     try:

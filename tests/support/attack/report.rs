@@ -64,9 +64,9 @@ impl Summary {
         summary
     }
 
-    /// Nothing leaked that may not, everything was tried.
+    /// Nothing leaked that may not, everything was tried, and what was refused was counted.
     pub fn is_good(&self) -> bool {
-        self.leaked.is_empty() && self.rows_crossed.is_empty() && self.broken.is_empty()
+        self.leaked.is_empty() && self.rows_crossed.is_empty() && self.broken.is_empty() && self.unseen.is_empty()
     }
 
     pub fn json(&self) -> serde_json::Value {
