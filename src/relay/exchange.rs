@@ -511,6 +511,9 @@ impl Relay {
         let now = Instant::now();
         self.memory.answered();
         let stats = &self.worker.stats;
+        if self.session.take_altered() {
+            self.pool.statements.forget();
+        }
         let queries = self.session.take_queries();
         if queries > 0 {
             stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);
