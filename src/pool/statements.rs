@@ -85,6 +85,12 @@ impl Registry {
         known.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
+    /// Nothing that was prepared so far is what a client gets that prepares the same text from now on: a table that it
+    /// reads may be another one. Who has prepared it keeps it.
+    pub fn forget(&self) {
+        self.known.lock().clear();
+    }
+
     /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new.
     pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let key = key(scope, body);

@@ -83,8 +83,8 @@ impl Relay {
     }
 
     fn give_back(&mut self, mut lease: Lease) {
-        let untidy = self.session.take_untidy();
-        let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !self.is_doubled() && !untidy;
+        let untidy = self.session.take_untidy() || self.is_doubled();
+        let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !untidy;
         self.pin(None);
         if self.seeded {
             // Nothing makes a session's random numbers unpredictable again.
@@ -505,6 +505,9 @@ impl Relay {
         let now = Instant::now();
         self.memory.answered();
         let stats = &self.worker.stats;
+        if self.session.take_altered() {
+            self.pool.statements.forget();
+        }
         let queries = self.session.take_queries();
         if queries > 0 {
             stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);

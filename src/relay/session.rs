@@ -220,6 +220,8 @@ pub struct Session {
     bound: Events,
     /// The client has asked for the state of sequences before.
     asks: bool,
+    /// Something has been changed that prepared statements may depend on, in this transaction.
+    altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
     /// The client's `search_path`, if it has set one: the same text means something else under another.
@@ -270,6 +272,7 @@ impl Session {
             bound: None,
             asks: false,
             untidy: false,
+            altered: false,
             scope: Box::default(),
         }
     }
@@ -364,6 +367,11 @@ impl Session {
     /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
     pub fn take_untidy(&mut self) -> bool {
         std::mem::take(&mut self.untidy)
+    }
+
+    /// Whether a transaction has ended that changed what prepared statements may depend on; asked once.
+    pub fn take_altered(&mut self) -> bool {
+        self.altered && self.status == b'I' && std::mem::take(&mut self.altered)
     }
 
     /// Whether a setting may have been reset since the server connection was lent.
@@ -1149,6 +1157,8 @@ impl Session {
             }
             _ => {}
         }
+        self.altered |=
+            tag.starts_with(b"ALTER ") || tag.starts_with(b"DROP ") || matches!(tag, b"CREATE VIEW" | b"DO");
         match tag {
             b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}

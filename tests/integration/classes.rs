@@ -362,6 +362,26 @@ async fn class_15_a_changed_table_heals_as_it_does_on_a_server() {
     assert_eq!(show(&client.until_ready().await), "1 2 C(SELECT 0) Z(I)");
 }
 
+/// Who prepares a text after a table was made anew does not get what others prepared before.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_15_a_table_made_anew_is_another_table_to_who_prepares_then() {
+    let world = world().await;
+    for columns in ["a int", "a text, b int", "c date"] {
+        let mut client = world.raw("client_001").await;
+        client.query(&format!("DROP TABLE IF EXISTS anew; CREATE TABLE anew ({columns})")).await;
+        client
+            .compose(|b| {
+                b.parse("s", "SELECT * FROM anew");
+                b.bind("", "s", &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "1 2 C(SELECT 0) Z(I)", "{columns}");
+        client.terminate().await;
+    }
+}
+
 /// A connection that served somebody before is as good as new.
 #[tokio::test(flavor = "multi_thread")]
 async fn class_16_an_earlier_client_leaves_no_trace() {
