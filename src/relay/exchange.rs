@@ -308,9 +308,18 @@ impl Relay {
     /// Decides about what the client has sent.
     fn scan_client(&mut self, lease: &mut Lease) -> Result<(), Outcome> {
         self.up.continue_frame();
-        let (limit, max) = (self.worker.buffers.size(), self.client.rules.max_packet_size);
-        let mut scratch = BytesMut::new();
         self.held_up = false;
+        if self.leaving || self.up.unseen().is_empty() {
+            return Ok(());
+        }
+        let mut scratch = self.worker.buffers.take_text();
+        let result = self.scan_frames(lease, &mut scratch);
+        self.worker.buffers.give_text(scratch);
+        result
+    }
+
+    fn scan_frames(&mut self, lease: &mut Lease, scratch: &mut BytesMut) -> Result<(), Outcome> {
+        let (limit, max) = (self.worker.buffers.size(), self.client.rules.max_packet_size);
         loop {
             let unseen = self.up.unseen();
             if self.leaving || unseen.is_empty() {
@@ -341,17 +350,17 @@ impl Relay {
             self.session.note(&unseen[..seen], &mut lease.conn().recent);
             let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
             let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
-            let verdict = self.session.on_client(header, &unseen[..seen], &mut link, &mut scratch);
+            let verdict = self.session.on_client(header, &unseen[..seen], &mut link, scratch);
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
                 Verdict::Swallow => self.up.swallow(header.total),
                 Verdict::Replace => {
-                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    self.up.out(&self.worker.buffers).extend_from_slice(scratch);
                     scratch.clear();
                     self.up.replace(seen, header.total - seen);
                 }
                 Verdict::Instead => {
-                    self.up.out(&self.worker.buffers).extend_from_slice(&scratch);
+                    self.up.out(&self.worker.buffers).extend_from_slice(scratch);
                     scratch.clear();
                     self.up.swallow(header.total);
                 }

@@ -159,6 +159,10 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.name = (start, self.at);
         let mut lower = [0; 32];
         let word = &self.sql[start..self.at];
+        if !self.first && self.is_plain(word) {
+            self.after_into = false;
+            return false;
+        }
         // A longer word is no keyword and no function of the list.
         let Some(lower) = lower.get_mut(..word.len()) else {
             return std::mem::take(&mut self.first) || self.is_call();
@@ -203,6 +207,16 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         }
         self.seen.advances |= matches!(word, b"nextval" | b"setval");
         HARMLESS.binary_search(&word).is_err()
+    }
+
+    /// Whether a word in the middle of a statement says nothing, as most do: it is neither called nor qualifies a name, and
+    /// it is none of those that [`Scanner::word`] knows, by its first letter and its length.
+    #[inline]
+    fn is_plain(&self, word: &[u8]) -> bool {
+        let first = word.first().map_or(0, |first| first | 0x20);
+        let known =
+            matches!((first, word.len()), (b'i', 4) | (b't', 4 | 9) | (b's', 10) | (b'p', 7..) | (b'e' | b'u', 1));
+        !known && self.sql.get(self.at) != Some(&b'.') && !self.is_call()
     }
 
     /// `E'…'`, `U&'…'`, `U&"…"`: the letter belongs to what follows.
