@@ -199,7 +199,10 @@ impl Relay {
 
     /// What the server connection says of the client's settings, but for the name that the client has by resetting it.
     fn adopt_params(&mut self, lease: &mut Lease) {
-        self.client.params = adopted(&self.client, &self.pool, &lease.conn().params);
+        let reported = &lease.conn().params;
+        if !Arc::ptr_eq(reported, &self.client.params) {
+            self.client.params = adopted(&self.client, &self.pool, reported);
+        }
     }
 
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
@@ -441,7 +444,10 @@ impl Relay {
                         return Err(self.stranger(&error));
                     }
                     let own_name = self.is_own_name_again(frame);
-                    self.client.params = adopted(&self.client, &self.pool, &lease.conn().params);
+                    let reported = &lease.conn().params;
+        if !Arc::ptr_eq(reported, &self.client.params) {
+            self.client.params = adopted(&self.client, &self.pool, reported);
+        }
                     if own_name {
                         self.down.swallow(header.total);
                         let name = self.client.application_name.clone();
