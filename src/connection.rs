@@ -19,7 +19,7 @@ use bytes::BytesMut;
 
 use crate::client::auth::Exchange;
 use crate::client::login::{self, Opened, Opening, Refused};
-use crate::client::parameters::ClientParameters;
+use crate::client::parameters::{ClientParameters, REPLICATION};
 use crate::client::sessions::Registered;
 use crate::client::signals::Signals;
 use crate::config::{AuthType, GuardMode, PoolMode};
@@ -426,7 +426,8 @@ async fn greet(
         tracing::info!(tenant = %admitted.tenant.id, user = admitted.user, peer = %admitted.peer, id = admitted.id,
             tls = stream.is_tls(), shard = admitted.tenant.shard.name, "client connected");
     }
-    let rules = rules_for(&admitted.settled.relay, &admitted.tenant, &name);
+    let replicates = replicates(&settings);
+    let rules = rules_for(&admitted.settled.relay, &admitted.tenant, &name, replicates);
     let client = Client {
         id: admitted.id,
         stream,
@@ -440,18 +441,35 @@ async fn greet(
         lease,
         signals,
         rules,
+        replicates,
         user: goodbye.user.clone(),
         from: goodbye.peer.clone(),
     };
     Ok((client, admitted.input, (registered, admitted._counted)))
 }
 
-/// What was configured; for the canary, which wants to see the wall behind the guard, without the guard.
-fn rules_for(rules: &Arc<relay::Rules>, tenant: &Tenant, application_name: &str) -> Arc<relay::Rules> {
+/// What was configured; for the canary, which wants to see the wall behind the guard, without the guard; for a client that
+/// replicates, which keeps its server connection and whose command never ends, as it must be.
+fn rules_for(
+    rules: &Arc<relay::Rules>,
+    tenant: &Tenant,
+    application_name: &str,
+    replicates: bool,
+) -> Arc<relay::Rules> {
+    if replicates {
+        let query_timeout = Duration::ZERO;
+        let rules = relay::Rules { pool_mode: PoolMode::Session, query_timeout, ..relay::Rules::clone(rules) };
+        return Arc::new(rules);
+    }
     if tenant.id.is_canary() && application_name == WITHOUT_GUARD {
         return Arc::new(relay::Rules { guard: GuardMode::Off, ..relay::Rules::clone(rules) });
     }
     rules.clone()
+}
+
+/// Whether it is a replication connection.
+fn replicates(settings: &Settings) -> bool {
+    settings.iter().any(|(name, _)| name == REPLICATION)
 }
 
 /// What the server reports at login. Asked of a server only if no connection with these settings was opened before:
@@ -464,7 +482,7 @@ async fn welcome(
     application_name: &Arc<str>,
     settled: &Settled,
 ) -> Result<(Arc<Params>, Option<Lease>), PgError> {
-    let keeps = settled.relay.pool_mode == PoolMode::Session;
+    let keeps = settled.relay.pool_mode == PoolMode::Session || replicates(settings);
     loop {
         let pool = worker.pools.get(tenant);
         if let Some(params) = pool.welcome(settings)
@@ -472,8 +490,7 @@ async fn welcome(
         {
             return Ok((params, None));
         }
-        let own = settled.relay.pool_mode == PoolMode::Session;
-        let name = if own { application_name.clone() } else { Arc::default() };
+        let name = if keeps { application_name.clone() } else { Arc::default() };
         let mut lease = match pool.checkout(settings, &name, settled.relay.query_wait_timeout).await {
             Ok(lease) => lease,
             Err(CheckoutError::Failed(error)) => return Err(error),

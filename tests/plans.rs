@@ -863,3 +863,70 @@ async fn through_the_proxy_only_a_tenant_with_its_own_shard_chooses_a_database_a
     assert_eq!(fresh.as_db_error().unwrap().message(), "the server logged in as somebody else");
     server.drain(Duration::from_secs(5)).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_tenant_with_its_own_shard_replicates() {
+    let (shared, own) = (Cluster::start(), Cluster::start());
+    let admin = own.admin("postgres").await;
+    admin.batch_execute("CREATE ROLE boss LOGIN REPLICATION PASSWORD 'given'").await.unwrap();
+    admin.batch_execute("CREATE DATABASE app OWNER boss").await.unwrap();
+    let mut config = config(&shared, None);
+    config.shards.push(ShardConfig {
+        dedicated_to: Some("client_001".into()),
+        database: "app".into(),
+        tenant_role: Some("boss".into()),
+        tenant_password: Secret::new("given"),
+        ..shard("own", &own)
+    });
+    config.users.push(User {
+        name: "app".into(),
+        password: Secret::new("pw"),
+        tenants: vec!["*".into()],
+        auto_provision: true,
+    });
+    config.proxy.listen_port = support::postgres::free_port();
+    config.api.listen = String::new();
+    config.metrics.listen = String::new();
+    let server = Server::start(config.clone()).await.unwrap();
+    let port = config.proxy.listen_port;
+    let run = async move |program: &str, user: &str, arguments: &[&str]| {
+        let mut command = tokio::process::Command::new(program);
+        command.env("PGPASSWORD", "pw").env("PGHOST", "127.0.0.1").env("PGPORT", port.to_string()).env("PGUSER", user);
+        let done = command.args(arguments).output().await.unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned() + &String::from_utf8_lossy(&done.stdout);
+        (done.status.success(), said)
+    };
+    for kind in ["database", "true"] {
+        let asked = format!("dbname=client_001 replication={kind}");
+        let identify = ["-At", &asked, "-c", "IDENTIFY_SYSTEM"];
+        let (fine, said) = run("psql", "app.client_001", &identify).await;
+        assert!(fine && said.split('|').count() == 4, "{said}");
+        let asked = asked.replace("client_001", "client_002");
+        let (fine, said) = run("psql", "app.client_002", &["-At", &asked, "-c", "IDENTIFY_SYSTEM"]).await;
+        assert!(!fine && said.contains("not supported for this tenant"), "{said}");
+    }
+    // SQL beside the commands, and a session as any other afterwards.
+    let sql = ["-At", "dbname=client_001 replication=database", "-c", "SELECT session_user"];
+    assert_eq!(run("psql", "app.client_001", &sql).await, (true, "boss\n".into()));
+    assert_eq!(run("psql", "app.client_001", &["-At", "client_001", "-c", "SELECT 1"]).await, (true, "1\n".into()));
+    // Two connections, one of which is a stream in both directions. An older pg_basebackup does not know newer servers.
+    let version = admin.query_one("SHOW server_version_num", &[]).await.unwrap().get::<_, String>(0);
+    if version.starts_with("15") {
+        let copy = tempfile::tempdir().unwrap();
+        let path = copy.path().join("copy");
+        let arguments = ["-D", path.to_str().unwrap(), "-X", "stream", "-c", "fast"];
+        let (fine, said) = run("pg_basebackup", "app.client_001", &arguments).await;
+        assert!(fine, "{said}");
+        assert!(path.join("backup_label").exists() && path.join("base").exists());
+    }
+    // None of them stays.
+    let walsenders = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender'";
+    for _ in 0..100 {
+        if admin.query_one(walsenders, &[]).await.unwrap().get::<_, i64>(0) == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(admin.query_one(walsenders, &[]).await.unwrap().get::<_, i64>(0), 0);
+    server.drain(Duration::from_secs(5)).await;
+}

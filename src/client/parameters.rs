@@ -38,6 +38,8 @@ pub struct ClientParameters {
     pub tenant: Option<String>,
     /// Settings for the server connection: lower-case names in order, each once; `search_path` not yet checked.
     settings: Vec<(String, String)>,
+    /// A replication connection is asked for.
+    replication: Option<&'static str>,
     /// The first thing that is refused.
     refusal: Option<Refusal>,
 }
@@ -62,6 +64,7 @@ impl ClientParameters {
             application_name: sorter.application_name,
             tenant: sorter.tenant,
             settings: sorter.settings.into_iter().collect(),
+            replication: sorter.replication,
             refusal,
         }
     }
@@ -79,7 +82,15 @@ impl ClientParameters {
             return Err(refusal.clone());
         }
         let mut settings = self.settings.clone();
-        if let Some(schema) = schema.into()
+        let schema = schema.into();
+        if let Some(value) = self.replication {
+            if schema.is_some() {
+                return Err(refused(no_replication()));
+            }
+            let at = settings.partition_point(|(name, _)| name.as_str() < REPLICATION);
+            settings.insert(at, (REPLICATION.to_owned(), value.to_owned()));
+        }
+        if let Some(schema) = schema
             && let Some(at) = settings.iter().position(|(name, _)| name == "search_path")
             && !check_search_path(&settings[at].1, schema)?.is_empty()
         {
@@ -94,6 +105,7 @@ struct Sorter {
     application_name: Option<String>,
     tenant: Option<String>,
     settings: BTreeMap<String, String>,
+    replication: Option<&'static str>,
 }
 
 impl Sorter {
@@ -111,7 +123,7 @@ impl Sorter {
         for (name, value) in &startup.parameters {
             let result = match name.as_str() {
                 "user" | "database" | "options" => Ok(()),
-                "replication" => check_replication(value),
+                "replication" => check_replication(value).map(|wanted| self.replication = wanted),
                 name => self.setting(name, value),
             };
             first = first.and(result);
@@ -188,16 +200,19 @@ fn check_name(name: &str) -> Result<(), Refusal> {
     if begins && goes_on && name.len() <= MAX_NAME { Ok(()) } else { Err(refused(unknown(name))) }
 }
 
-/// `replication=false` asks for nothing and is dropped.
-fn check_replication(value: &str) -> Result<(), Refusal> {
+/// The name of the startup parameter, which the server connection of such a client has, too.
+/// <https://www.postgresql.org/docs/current/protocol-replication.html>
+pub const REPLICATION: &str = "replication";
+
+/// What kind of replication connection is asked for; `replication=false` asks for none.
+fn check_replication(value: &str) -> Result<Option<&'static str>, Refusal> {
     let is = |words: &[&str]| words.contains(&value.to_ascii_lowercase().as_str());
     if is(&["false", "f", "off", "no", "n", "0"]) {
-        Ok(())
-    } else if is(&["true", "t", "on", "yes", "y", "1", "database"]) {
-        Err(refused(
-            PgError::fatal(sqlstate::FEATURE_NOT_SUPPORTED, "replication connections are not supported")
-                .detail("A replication stream carries the changes of every tenant of the database."),
-        ))
+        Ok(None)
+    } else if is(&["true", "t", "on", "yes", "y", "1"]) {
+        Ok(Some("true"))
+    } else if is(&["database"]) {
+        Ok(Some("database"))
     } else {
         Err(refused(
             PgError::fatal(
@@ -207,6 +222,12 @@ fn check_replication(value: &str) -> Result<(), Refusal> {
             .hint("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
         ))
     }
+}
+
+fn no_replication() -> PgError {
+    PgError::fatal(sqlstate::FEATURE_NOT_SUPPORTED, "replication connections are not supported for this tenant")
+        .detail("A replication stream carries the changes of every tenant of a server, and REPLICATION is a privilege on all of it.")
+        .hint("Tenants of the plan \"cluster\", who have a server of their own, may replicate.")
 }
 
 /// PostgreSQL keeps printable ASCII and 63 bytes.

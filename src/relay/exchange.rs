@@ -86,6 +86,10 @@ impl Relay {
         let untidy = self.session.take_untidy() || self.is_doubled();
         let clean = self.session.take_residue().is_none() && self.pinned.is_none() && !untidy;
         self.pin(None);
+        if self.client.replicates {
+            // A server has few places for these, and nobody else can use one.
+            return;
+        }
         if self.seeded {
             // Nothing makes a session's random numbers unpredictable again.
             lease.abandon();
@@ -445,9 +449,9 @@ impl Relay {
                     }
                     let own_name = self.is_own_name_again(frame);
                     let reported = &lease.conn().params;
-        if !Arc::ptr_eq(reported, &self.client.params) {
-            self.client.params = adopted(&self.client, &self.pool, reported);
-        }
+                    if !Arc::ptr_eq(reported, &self.client.params) {
+                        self.client.params = adopted(&self.client, &self.pool, reported);
+                    }
                     if own_name {
                         self.down.swallow(header.total);
                         let name = self.client.application_name.clone();

@@ -453,6 +453,7 @@ impl Bench {
             params,
             key: self.cancels.issue(4, None, signals.clone()),
             lease: None,
+            replicates: false,
             signals,
             stats: self.worker.metrics.tenant(lane.tenant.id.as_str()),
             rules: Arc::new(rules),

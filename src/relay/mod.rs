@@ -122,6 +122,8 @@ pub struct Client {
     pub stats: Arc<TenantStats>,
     /// What to do.
     pub rules: Arc<Rules>,
+    /// Whether it is a replication connection.
+    pub replicates: bool,
     /// The name it logged in with.
     pub user: Arc<str>,
     /// Where it comes from.

@@ -1116,7 +1116,8 @@ impl Session {
                 _ => Err(Desync(b'3')),
             },
             b'E' => Ok(self.error(frame, prepared, out)),
-            b'G' => {
+            // CopyBothResponse: a replication stream, which goes both ways.
+            b'G' | b'W' => {
                 self.begin_copy_in();
                 Ok(Verdict::Forward)
             }
