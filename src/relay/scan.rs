@@ -116,7 +116,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                     self.name = (0, 0);
                     match byte {
                         b'0'..=b'9' => {
-                            self.skip_while(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_');
+                            // What a letter begins behind it is a word, to its end: `3a$$` begins no literal.
+                            self.skip_while(|b| b.is_ascii_digit() || b == b'.');
                             false
                         }
                         b'\'' => self.string(self.lex.backslashes),
@@ -674,6 +675,16 @@ const HARMLESS: &[&[u8]] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_word_behind_a_number_ends_where_the_lexer_says() {
+        for sql in ["delete 3Oj$$ $e\n;SET zz.q = 1", "select 1$$ ' $$; SET zz.q = 1", "select 1e5; SET zz.q = 1"] {
+            assert!(leaves_state(sql.as_bytes()), "{sql}");
+        }
+        for sql in ["select 1$$; SET zz.q = 1$$", "select 0x1f, 1_000, 1.5e10, 2.", "select 1from t"] {
+            assert!(!leaves_state(sql.as_bytes()), "{sql}");
+        }
+    }
 
     #[test]
     fn lists_are_sorted() {
