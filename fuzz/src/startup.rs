@@ -97,16 +97,18 @@ fn session(message: &StartupMessage, choices: u8) {
     identity(message, &parameters, choices);
     for schema in [Some("client_001"), None] {
         if let Ok(settings) = parameters.settings_for(schema) {
-            to_the_server(&settings, parameters.application_name.as_deref());
+            to_the_server(&settings, parameters.application_name.as_deref(), schema.is_none());
         }
     }
 }
 
-/// Settings of a client never become anything but settings of the server connection.
-fn to_the_server(settings: &[(String, String)], application_name: Option<&str>) {
-    for (name, _) in settings {
+/// Settings of a client never become anything but settings of the server connection; who has a server to itself may
+/// replicate.
+fn to_the_server(settings: &[(String, String)], application_name: Option<&str>, alone: bool) {
+    let replicates = |name: &str, value: &str| alone && name == "replication" && ["true", "database"].contains(&value);
+    for (name, value) in settings {
         let own = ["user", "database", "options", "replication", "role", "session_authorization"];
-        assert!(!own.contains(&name.as_str()) && !name.starts_with("_pq_."), "{name}");
+        assert!(replicates(name, value) || !own.contains(&name.as_str()) && !name.starts_with("_pq_."), "{name}");
         assert!(!name.bytes().any(|b| b.is_ascii_uppercase()), "{name}");
     }
     let mut packet = BytesMut::new();
@@ -117,7 +119,8 @@ fn to_the_server(settings: &[(String, String)], application_name: Option<&str>) 
     assert!(packet.len() <= MAX_STARTUP_BYTES, "no server takes {} bytes", packet.len());
     let Ok(Startup::Session(read)) = startup::parse(&packet) else { panic!("no server understands it") };
     assert_eq!((read.user(), read.database()), ("role_of_tenant", Some("tenants")));
-    assert_eq!((read.get("options"), read.get("replication")), (None, None));
+    assert_eq!(read.get("options"), None);
+    assert!(read.get("replication").is_none_or(|value| replicates("replication", value)));
     assert_eq!(read.parameters.len(), 2 + settings.len() + usize::from(label.is_some()));
 }
 
