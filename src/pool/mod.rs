@@ -126,6 +126,9 @@ fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<
 /// Kept values above which those that nobody holds are forgotten.
 const KEPT: usize = 32;
 
+/// See [`State::at_once`].
+const MIN_AT_ONCE: usize = 2;
+
 /// Before the next login to a server that takes no more connections.
 const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
 
@@ -455,6 +458,10 @@ impl Pool {
             let (since, ticket) = {
                 let mut state = self.state.lock();
                 let unmet = state.waiters.len() > state.connecting;
+                // One that comes back may be there before a new one is.
+                if unmet && state.connecting >= state.at_once() {
+                    return;
+                }
                 if state.retired || !unmet || state.open >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
                     let stale = if unmet && !state.retired && !state.idle.is_empty() {
@@ -620,6 +627,12 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 }
 
 impl State {
+    /// How many connections are opened at a time. A burst of short transactions is over before it has a connection for
+    /// each of them, and opening those would cost more than the work.
+    fn at_once(&self) -> usize {
+        MIN_AT_ONCE.max((self.open - self.connecting.min(self.open)) / 4)
+    }
+
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
         let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
         self.idle.iter().rposition(|conn| same(conn))

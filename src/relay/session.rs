@@ -129,7 +129,8 @@ enum Expect {
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
-    InjectedClose,
+    /// A Close of ours, of the statement with this number.
+    InjectedClose(u64),
     /// A Sync of ours behind a Parse of ours.
     InjectedSync,
     /// A Query of ours, whose outcome does not matter.
@@ -226,6 +227,8 @@ pub struct Session {
     untidy: bool,
     /// The client's `search_path`, if it has set one: the same text means something else under another.
     scope: Box<str>,
+    /// Something that is not answered yet may take prepared statements away.
+    takes_away: bool,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -274,6 +277,7 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
+            takes_away: false,
         }
     }
 
@@ -405,6 +409,7 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
+        self.takes_away |= residue.frees;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -588,7 +593,7 @@ impl Session {
             self.make_room(statement, max, link, out);
             if link.prepared.put_right(statement.id) {
                 message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose);
+                self.push_extended(Expect::InjectedClose(statement.id));
             }
             message::parse_with(out, &statement.name, &statement.body);
             self.push_extended(Expect::Injected(statement.id));
@@ -601,12 +606,12 @@ impl Session {
             return;
         }
         self.asks |= residue.asks;
-        if self.asks {
-            self.residue.asks = true;
-            // An aborted transaction takes nothing but its end.
-            if prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E' {
-                self.discard_sequences(out);
-            }
+        self.residue.asks |= self.asks;
+        // An aborted transaction takes nothing but its end.
+        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
+        // What is not understood may ask, and makes the state ours.
+        if others && (self.asks || residue.unknown) {
+            self.discard_sequences(out);
         }
         prepared.sequences_of = Some(self.client);
     }
@@ -681,6 +686,10 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
+        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
+            // It may be gone by then, or not: it is closed, and prepared again.
+            link.prepared.squat(statement.id);
+        }
         if link.prepared.touch(statement.id) {
             if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
@@ -698,7 +707,7 @@ impl Session {
         self.make_room(&statement, max, link, out);
         if link.prepared.put_right(statement.id) {
             message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose);
+            self.push_extended(Expect::InjectedClose(statement.id));
         }
         message::parse_with(out, &statement.name, &statement.body);
         let undo = ParseUndo { name: name.into(), statement };
@@ -799,7 +808,7 @@ impl Session {
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         if let Some(victim) = link.prepared.add(statement.clone(), max) {
             message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose);
+            self.push_extended(Expect::InjectedClose(victim.id));
         }
     }
 
@@ -827,7 +836,8 @@ impl Session {
         let mut shared = None;
         let verdict = match statement {
             Resolved::AsNamed if out.is_empty() => Verdict::Forward,
-            Resolved::Shared(statement, clients) => {
+            Resolved::Shared(statement, clients, events) => {
+                self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
                 self.note_sequences(&statement.residue, link.prepared, out);
@@ -900,8 +910,34 @@ impl Session {
             return Some(Resolved::AsNamed);
         };
         let (name, statement) = (name.clone(), statement.clone());
+        let (statement, events) =
+            if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
         self.bring_one(&statement, max, link, out);
-        Some(Resolved::Shared(statement, name))
+        Some(Resolved::Shared(statement, name, events))
+    }
+
+    /// A statement that names others (`EXECUTE a`), with our names for what they mean now; these are prepared first.
+    fn as_named_now(
+        &mut self,
+        statement: Arc<Statement>,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> (Arc<Statement>, Events) {
+        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let uses = names::uses(text, link.ward.lex());
+        let events = self.events(&uses);
+        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
+        if used.is_empty() {
+            return (statement, events);
+        }
+        for used in &used {
+            self.bring_one(used, max, link, out);
+        }
+        let mut body = self.translate(text, &uses);
+        body.extend_from_slice(&statement.body[text.len()..]);
+        let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
+        (translated, events)
     }
 
     fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
@@ -956,7 +992,7 @@ impl Session {
                 out.extend_from_slice(frame);
                 Verdict::Replace
             }
-            Resolved::Shared(statement, name) => {
+            Resolved::Shared(statement, name, _) => {
                 shared = Some(Shared { id: statement.id, name });
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
@@ -1112,7 +1148,7 @@ impl Session {
             b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
-                Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
+                Some(Expect::InjectedClose(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
             b'E' => Ok(self.error(frame, prepared, out)),
@@ -1134,6 +1170,7 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
+        self.takes_away &= self.expects.len() > 1;
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
@@ -1253,7 +1290,7 @@ impl Session {
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
             Expect::Query(events) | Expect::Execute(events) => events.is_some(),
-            Expect::Injected(_) | Expect::InjectedClose | Expect::OurParse(_) | Expect::OurClose(_) => true,
+            Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
@@ -1262,7 +1299,7 @@ impl Session {
 
     /// Whether the Parse of ours that is answered now is for a Query.
     fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose);
+        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
         matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
     }
 
@@ -1286,8 +1323,8 @@ impl Session {
             Expect::OurClose(Some(closed)) => {
                 self.named.insert(closed.0, closed.1);
             }
-            // The server still has it under a name that we consider free: a reset makes it so.
-            Expect::InjectedClose => self.residue.unknown = true,
+            // The server still has it, under a name that is to be closed before it is used again.
+            Expect::InjectedClose(id) => prepared.squat(id),
             _ => {}
         }
     }
@@ -1330,8 +1367,8 @@ fn is_about_names(tag: &[u8]) -> bool {
 enum Resolved {
     /// The name means the same to the server.
     AsNamed,
-    /// Under a name of ours, and the client's.
-    Shared(Arc<Statement>, Arc<[u8]>),
+    /// Under a name of ours, and the client's; what it does to names when it is executed.
+    Shared(Arc<Statement>, Arc<[u8]>, Events),
     /// The unnamed statement was parsed again; the output holds its Parse.
     Injected,
 }

@@ -222,6 +222,43 @@ async fn class_10_what_sql_prepares_is_there_for_the_protocol() {
     world.metric_until("pgusher_pinned_clients{reason=\"prepare\"}", 0.0).await;
 }
 
+/// `EXECUTE` may itself be prepared, as asyncpg does with everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_10_what_the_protocol_prepares_is_there_for_a_prepared_execute() {
+    let world = world().await;
+    let mut client = world.raw("client_001").await;
+    for (name, sql) in [("p", "SELECT 7"), ("x", "EXECUTE p")] {
+        client
+            .compose(|b| {
+                b.parse(name, sql);
+                b.describe(b'S', name);
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "1 Z(I)", "{sql}");
+        others(&world).await;
+    }
+    for expected in ["2 D(7) C(SELECT 1) Z(I)", "2 D(8) C(SELECT 1) Z(I)"] {
+        client
+            .compose(|b| {
+                b.bind("", "x", &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), expected);
+        others(&world).await;
+        client
+            .compose(|b| {
+                b.close(b'S', "p");
+                b.parse("p", "SELECT 8");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "3 1 Z(I)");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_11_a_statement_lives_from_one_sync_to_the_next() {
     let world = world().await;
@@ -305,6 +342,16 @@ async fn class_12_sequences_say_what_this_session_did() {
     one.query("SELECT setseed(0.5)").await;
     two.query("SELECT random()").await;
     assert_eq!(one.value("SELECT random()::text").await, expected);
+}
+
+/// Also who keeps a connection for another reason does not find what others did with sequences there.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_12_sequences_of_others_are_not_seen_by_who_is_pinned() {
+    let world = world().await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    one.query("CREATE SEQUENCE numbers; SELECT nextval('numbers')").await;
+    two.query("SELECT pg_try_advisory_lock(1)").await;
+    assert_eq!(two.error("SELECT currval('numbers')").await.code(), "55000");
 }
 
 #[tokio::test(flavor = "multi_thread")]

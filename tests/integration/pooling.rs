@@ -44,6 +44,23 @@ async fn server_connections_are_opened_when_needed_and_no_more_than_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_short_transactions_is_over_before_each_has_a_connection() {
+    let world = world(PoolMode::Auto, |config| config.pool.default_pool_size = 40).await;
+    let mut clients = Vec::new();
+    for _ in 0..40 {
+        clients.push(world.raw("client_001").await);
+    }
+    futures_util::future::join_all(clients.iter_mut().map(|client| client.query("SELECT 1"))).await;
+    let open = world.server_processes().await;
+    assert!(open <= 20, "{open}");
+    // Long ones get what they need.
+    let work = clients.iter_mut().map(|client| client.query("SELECT pg_backend_pid(), pg_sleep(2)"));
+    let answers = futures_util::future::join_all(work).await;
+    let pids: BTreeSet<String> = answers.iter().map(|a| a[1].values()[0].clone()).collect();
+    assert_eq!(pids.len(), 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn clients_wait_in_line() {
     let world = world(PoolMode::Transaction, |config| config.pool.default_pool_size = 1).await;
     let mut first = world.raw("client_001").await;
