@@ -288,6 +288,34 @@ async fn what_leaves_nothing_behind_costs_no_reset() {
     }
 }
 
+/// However it was found out what they have set.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_with_the_same_settings_share_a_connection_without_a_word() {
+    let cluster = std::sync::Arc::new(crate::postgres::Cluster::start_with(&["log_statement=all"]));
+    let world = World::with_clusters(vec![cluster], |config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for client in [&mut one, &mut two] {
+        client.query("SET statement_timeout = '30s'; SET work_mem = 8192").await;
+    }
+    one.query("DO $$ BEGIN NULL; END $$").await;
+    for client in [&mut one, &mut two] {
+        client.query("SELECT 'first'").await;
+    }
+    for _ in 0..5 {
+        for client in [&mut one, &mut two] {
+            client.query("SELECT 'again'").await;
+        }
+    }
+    let log = world.cluster().log();
+    let (_, since) = log.rsplit_once("SELECT 'first'").unwrap();
+    assert_eq!(since.matches("SELECT 'again'").count(), 10, "{since}");
+    assert!(!since.contains("set_config"), "{since}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn reported_settings_follow_the_client() {
     let world = world(PoolMode::Transaction, |config| config.pool.default_pool_size = 1).await;
