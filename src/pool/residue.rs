@@ -24,6 +24,8 @@ pub struct Residue {
     pub seeds: bool,
     /// `currval` or `lastval` was asked, or the state of sequences is to be kept for whoever asks for it.
     pub asks: bool,
+    /// Prepared statements may be listed, which leaves nothing.
+    pub lists: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -73,6 +75,7 @@ impl Residue {
         self.seeds |= other.seeds;
         self.asks |= other.asks;
         self.advances |= other.advances;
+        self.lists |= other.lists;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

@@ -197,6 +197,13 @@ impl Prepared {
         }
     }
 
+    /// Takes out the statements that are not to be kept.
+    pub fn take_unless(&mut self, keep: impl Fn(u64) -> bool) -> Vec<Arc<Statement>> {
+        let (kept, taken) = std::mem::take(&mut self.have).into_iter().partition(|(id, _)| keep(*id));
+        self.have = kept;
+        taken.into_values().map(|held: Held| held.statement).collect()
+    }
+
     /// Notes that nothing is prepared any more.
     pub fn clear(&mut self) {
         self.have.clear();

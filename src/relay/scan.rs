@@ -20,6 +20,8 @@ pub struct Seen {
     pub advances: bool,
     /// It may take away what pins a client.
     pub frees: bool,
+    /// It may list prepared statements.
+    pub lists: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -185,6 +187,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         if is_key(word) || (self.copy && word == b"program") {
             self.seen.suspicious = true;
         }
+        self.seen.lists |= word == b"pg_prepared_statements";
         if matches!(word, b"temp" | b"temporary") || word.starts_with(b"pg_temp") {
             return true;
         }

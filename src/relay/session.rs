@@ -88,6 +88,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         let mut residue = if seen.leaves_state { track::look(text, ward.lex()) } else { Residue::none() };
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
+        residue.lists = seen.lists;
         residue
     };
     if !ward.looks() {
@@ -532,7 +533,7 @@ impl Session {
         };
         let whole = frame.len() == header.total;
         self.note_residue(&residue, whole);
-        self.note_sequences(&residue, link.prepared, out);
+        self.note_sequences(&residue, true, link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -543,6 +544,10 @@ impl Session {
         let shared: Vec<_> = shared.collect();
         let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
         if !self.open_group && self.status != b'E' {
+            if residue.lists && self.hide_others(None, link, out) {
+                message::sync(out);
+                self.expects.push_back(Expect::InjectedSync);
+            }
             self.bring(&shared, link, out);
         }
         self.open_group = false;
@@ -600,8 +605,23 @@ impl Session {
         }
     }
 
+    /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
+    /// there was anything to close.
+    fn hide_others(&mut self, used: Option<u64>, link: &mut Link<'_>, out: &mut BytesMut) -> bool {
+        if self.statements == Statements::PassThrough {
+            return false;
+        }
+        let own: HashSet<u64> = self.named.values().map(|statement| statement.id).chain(used).collect();
+        let others = link.prepared.take_unless(|id| own.contains(&id));
+        for statement in &others {
+            message::close(out, b'S', &statement.name);
+            self.push_extended(Expect::InjectedClose(statement.id));
+        }
+        !others.is_empty()
+    }
+
     /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
-    fn note_sequences(&mut self, residue: &Residue, prepared: &mut Prepared, out: &mut BytesMut) {
+    fn note_sequences(&mut self, residue: &Residue, simple: bool, prepared: &mut Prepared, out: &mut BytesMut) {
         if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
             return;
         }
@@ -611,16 +631,16 @@ impl Session {
         let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
         // What is not understood may ask, and makes the state ours.
         if others && (self.asks || residue.unknown) {
-            self.discard_sequences(out);
+            self.discard_sequences(simple, out);
         }
         prepared.sequences_of = Some(self.client);
     }
 
-    /// Lets the session forget what another client has left.
-    fn discard_sequences(&mut self, out: &mut BytesMut) {
+    /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
+    fn discard_sequences(&mut self, simple: bool, out: &mut BytesMut) {
         const NAME: &[u8] = b"pgusher_discard";
         let text = "DISCARD SEQUENCES";
-        if !self.open_group {
+        if simple && !self.open_group {
             message::query(out, text);
             self.expects.push_back(Expect::InjectedQuery);
             return;
@@ -840,7 +860,10 @@ impl Session {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
-                self.note_sequences(&statement.residue, link.prepared, out);
+                self.note_sequences(&statement.residue, false, link.prepared, out);
+                if statement.residue.lists {
+                    self.hide_others(Some(statement.id), link, out);
+                }
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -873,7 +896,10 @@ impl Session {
     fn bind_unnamed(&mut self, values: &[u8], whole: bool, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         let Some(unnamed) = self.unnamed.take() else { return };
         self.note_bound(&unnamed.residue, values, whole);
-        self.note_sequences(&unnamed.residue, link.prepared, out);
+        self.note_sequences(&unnamed.residue, false, link.prepared, out);
+        if unnamed.residue.lists {
+            self.hide_others(None, link, out);
+        }
         self.bound = unnamed.events.clone();
         self.unnamed = Some(unnamed);
         self.bring_used(max, link, out);

@@ -259,6 +259,38 @@ async fn class_10_what_the_protocol_prepares_is_there_for_a_prepared_execute() {
     }
 }
 
+/// What is prepared for others is not listed.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_10_who_lists_prepared_statements_sees_none_of_others() {
+    const LIST: &str = "SELECT count(*) FROM pg_prepared_statements";
+    let world = world().await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for round in 1..4 {
+        one.compose(|b| {
+            b.parse(&format!("s{round}"), &format!("SELECT {round}"));
+            b.bind("", &format!("s{round}"), &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+        one.until_ready().await;
+        assert_eq!(one.value(LIST).await, round.to_string());
+        assert_eq!(two.value(LIST).await, "0");
+        two.compose(|b| b.extended(LIST, &[])).await;
+        assert_eq!(show(&two.until_ready().await), "1 2 D(0) C(SELECT 1) Z(I)");
+        // They are prepared again where they are used again.
+        for used in 1..=round {
+            one.compose(|b| {
+                b.bind("", &format!("s{used}"), &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+            assert_eq!(show(&one.until_ready().await), format!("2 D({used}) C(SELECT 1) Z(I)"));
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_11_a_statement_lives_from_one_sync_to_the_next() {
     let world = world().await;
@@ -352,6 +384,24 @@ async fn class_12_sequences_of_others_are_not_seen_by_who_is_pinned() {
     one.query("CREATE SEQUENCE numbers; SELECT nextval('numbers')").await;
     two.query("SELECT pg_try_advisory_lock(1)").await;
     assert_eq!(two.error("SELECT currval('numbers')").await.code(), "55000");
+    // Forgetting that leaves alone what was prepared before.
+    let mut three = world.raw("client_001").await;
+    three
+        .compose(|b| {
+            b.parse("", "SELECT coalesce(pg_try_advisory_lock(2), false)");
+            b.sync();
+        })
+        .await;
+    three.until_ready().await;
+    one.query("SELECT nextval('numbers')").await;
+    three
+        .compose(|b| {
+            b.bind("", "", &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&three.until_ready().await), "2 D(t) C(SELECT 1) Z(I)");
 }
 
 #[tokio::test(flavor = "multi_thread")]
