@@ -41,6 +41,11 @@ pub fn may_listen(sql: &[u8]) -> bool {
     ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
 }
 
+/// Whether the text may make, drop or rename a database, which takes that nobody else is connected to it.
+pub fn may_need_database_alone(sql: &[u8]) -> bool {
+    contains(sql, b"database")
+}
+
 /// Whether a transaction that the text begins may still be open at its end.
 pub fn may_begin(sql: &[u8]) -> bool {
     ["begin", "start"].iter().any(|word| contains(sql, word.as_bytes()))

@@ -89,6 +89,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
+        residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
     if !ward.looks() {
@@ -387,6 +388,12 @@ impl Session {
     /// Whether the client asks for the state of sequences.
     pub fn asks(&self) -> bool {
         self.asks
+    }
+
+    /// Whether a database may have to be nobody else's for what the client has just said.
+    #[inline]
+    pub fn needs_database_alone(&self) -> bool {
+        self.residue.databases
     }
 
     /// Whether anything may be left behind.

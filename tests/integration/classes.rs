@@ -431,6 +431,18 @@ async fn class_14_idle_connections_do_not_stand_in_the_way_of_databases() {
     assert_eq!(world.admin_value(idle).await, 0);
 }
 
+/// Who has a server of its own makes and drops databases, which takes that no idle connection uses them.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_14_idle_connections_make_way_for_who_drops_a_database() {
+    let world = world().await;
+    others(&world).await;
+    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE usename = 'client_001'", 2).await;
+    let mut client = world.raw("client_001").await;
+    assert_eq!(client.error("DROP DATABASE no_such_database").await.code(), "3D000");
+    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE usename = 'client_001'", 0).await;
+    assert_eq!(client.value("SELECT 1").await, "1");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_15_a_changed_table_heals_as_it_does_on_a_server() {
     let world = world().await;
