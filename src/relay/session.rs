@@ -1233,7 +1233,10 @@ impl Session {
             b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}
         }
-        if matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && prepared.sequences_of == Some(self.client) {
+        // What comes behind it in the same pipeline counts again.
+        let last = !self.expects.iter().skip(1).any(|e| matches!(e, Expect::Query(_) | Expect::Execute(_)));
+        let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
+        if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
             self.residue.asks |= self.asks;
         }

@@ -327,3 +327,20 @@ fn a_prepared_execute_runs_what_its_name_means_now() {
     both.servers(&[(b'3', b""), (b'1', b""), (b'2', b""), (b'C', b"SELECT 1\0"), READY]);
     assert!(both.session.is_idle());
 }
+
+#[test]
+fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
+    let mut both = Both::new(PoolMode::Auto);
+    for text in [&b"\0DISCARD ALL\0\0\0"[..], b"\0INSERT INTO t VALUES (1)\0\0\0"] {
+        both.client(b'P', text);
+        both.client(b'B', b"\0\0\0\0\0\0\0\0");
+        both.client(b'E', b"\0\0\0\0\0");
+    }
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"DISCARD ALL\0")]);
+    assert_eq!(both.prepared.sequences_of, Some(1));
+    both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"INSERT 0 1\0"), READY]);
+    both.client(b'Q', b"DISCARD ALL\0");
+    both.servers(&[(b'C', b"DISCARD ALL\0"), READY]);
+    assert_eq!(both.prepared.sequences_of, None);
+}
