@@ -390,10 +390,10 @@ impl Session {
         self.asks
     }
 
-    /// Whether a database may have to be nobody else's for what the client has just said.
+    /// Whether a database may have to be nobody else's for what the client has just said; asked once.
     #[inline]
-    pub fn needs_database_alone(&self) -> bool {
-        self.residue.databases
+    pub fn needs_database_alone(&mut self) -> bool {
+        std::mem::take(&mut self.residue.databases)
     }
 
     /// Whether anything may be left behind.
