@@ -100,6 +100,8 @@ struct State {
     waiters: Queue,
     /// When the task that ends waits looks again; `None` if there is no such task.
     alarm: Option<Instant>,
+    /// Until then no connection becomes idle, see [`Pool::make_way`].
+    makes_way_until: Option<Instant>,
     /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
     retired: bool,
     /// What a server reported at login, by startup settings.
@@ -125,6 +127,12 @@ fn one_of_its_kind<T: PartialEq>(known: &mut Vec<Arc<T>>, value: Arc<T>) -> Arc<
 
 /// Kept values above which those that nobody holds are forgotten.
 const KEPT: usize = 32;
+
+/// See [`Pool::make_way`].
+const MAKE_WAY: Duration = Duration::from_secs(2);
+
+/// See [`State::at_once`].
+const MIN_AT_ONCE: usize = 2;
 
 /// Before the next login to a server that takes no more connections.
 const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
@@ -295,6 +303,17 @@ impl Pool {
         (state.open, state.idle.len())
     }
 
+    /// Closes idle connections, and for a moment those that become idle: a server makes, drops and renames only databases
+    /// that nobody is connected to, and waits for others to go for as long.
+    pub fn make_way(&self) {
+        let idle = {
+            let mut state = self.state.lock();
+            state.makes_way_until = Some(Instant::now() + MAKE_WAY);
+            std::mem::take(&mut state.idle)
+        };
+        drop(idle);
+    }
+
     /// Clients that wait for a connection.
     pub fn waiting(&self) -> usize {
         self.state.lock().waiters.len()
@@ -435,6 +454,7 @@ impl Pool {
                     Err(conn) if !state.waiters.is_empty() && state.open >= self.limits.default_pool_size => {
                         (Some(conn), None)
                     }
+                    Err(conn) if state.makes_way_until.is_some_and(|until| now < until) => (Some(conn), None),
                     Err(conn) => {
                         state.idle.push(conn);
                         (None, None)
@@ -455,6 +475,10 @@ impl Pool {
             let (since, ticket) = {
                 let mut state = self.state.lock();
                 let unmet = state.waiters.len() > state.connecting;
+                // One that comes back may be there before a new one is.
+                if unmet && state.connecting >= state.at_once() {
+                    return;
+                }
                 if state.retired || !unmet || state.open >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
                     let stale = if unmet && !state.retired && !state.idle.is_empty() {
@@ -620,6 +644,12 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 }
 
 impl State {
+    /// How many connections are opened at a time. A burst of short transactions is over before it has a connection for
+    /// each of them, and opening those would cost more than the work.
+    fn at_once(&self) -> usize {
+        MIN_AT_ONCE.max((self.open - self.connecting.min(self.open)) / 4)
+    }
+
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
         let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
         self.idle.iter().rposition(|conn| same(conn))

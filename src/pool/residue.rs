@@ -24,6 +24,10 @@ pub struct Residue {
     pub seeds: bool,
     /// `currval` or `lastval` was asked, or the state of sequences is to be kept for whoever asks for it.
     pub asks: bool,
+    /// A database may be made, dropped or renamed: idle connections are in the way.
+    pub databases: bool,
+    /// Prepared statements may be listed, which leaves nothing.
+    pub lists: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -73,6 +77,8 @@ impl Residue {
         self.seeds |= other.seeds;
         self.asks |= other.asks;
         self.advances |= other.advances;
+        self.lists |= other.lists;
+        self.databases |= other.databases;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

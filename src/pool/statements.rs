@@ -28,6 +28,8 @@ pub struct Statement {
     key: Box<[u8]>,
     /// What running it may leave behind in the session.
     pub residue: Residue,
+    /// Whether it may have to do with names of prepared statements (`EXECUTE`).
+    pub names: bool,
     /// Whether a server has accepted it.
     pub accepted: AtomicBool,
     /// Whether what it returns has changed since: who prepares the same text again gets a new one.
@@ -68,6 +70,11 @@ fn key<'a>(scope: &str, body: &'a [u8]) -> Cow<'a, [u8]> {
     if scope.is_empty() { Cow::Borrowed(body) } else { Cow::Owned([body, scope.as_bytes()].concat()) }
 }
 
+fn names_others(body: &[u8]) -> bool {
+    let contains = |word: &[u8]| body.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word));
+    contains(b"execute") || contains(b"deallocate") || contains(b"prepare")
+}
+
 /// Known statements above which those that no client holds are forgotten.
 const TIDY_ABOVE: usize = 512;
 
@@ -106,8 +113,10 @@ impl Registry {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let (body, key, residue) = (body.into(), key.into(), residue());
-        let statement = Statement { id, name, body, key, residue, accepted: false.into(), outdated: false.into() };
+        let (body, key, residue): (Box<[u8]>, _, Residue) = (body.into(), key.into(), residue());
+        let names = (residue.unknown || residue.frees) && names_others(&body);
+        let statement =
+            Statement { id, name, body, key, residue, names, accepted: false.into(), outdated: false.into() };
         let statement = Arc::new(statement);
         known.insert(ByBody(statement.clone()));
         statement
@@ -186,6 +195,13 @@ impl Prepared {
         if let Some(held) = self.have.get(&id) {
             held.statement.outdated.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Takes out the statements that are not to be kept.
+    pub fn take_unless(&mut self, keep: impl Fn(u64) -> bool) -> Vec<Arc<Statement>> {
+        let (kept, taken) = std::mem::take(&mut self.have).into_iter().partition(|(id, _)| keep(*id));
+        self.have = kept;
+        taken.into_values().map(|held: Held| held.statement).collect()
     }
 
     /// Notes that nothing is prepared any more.

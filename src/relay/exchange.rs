@@ -358,6 +358,9 @@ impl Relay {
             let ward = Guard { worker: &self.worker, client: &self.client, memory: &self.memory };
             let mut link = Link { prepared: &mut lease.conn().prepared, registry: &self.pool.statements, ward: &ward };
             let verdict = self.session.on_client(header, &unseen[..seen], &mut link, scratch);
+            if self.session.needs_database_alone() {
+                self.pool.make_way();
+            }
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
                 Verdict::Swallow => self.up.swallow(header.total),

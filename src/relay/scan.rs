@@ -20,6 +20,8 @@ pub struct Seen {
     pub advances: bool,
     /// It may take away what pins a client.
     pub frees: bool,
+    /// It may list prepared statements.
+    pub lists: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -37,6 +39,11 @@ pub fn leaves_state(sql: &[u8]) -> bool {
 /// Whether the text, however it is spelled, could change or show what the session listens to. Function bodies aside.
 pub fn may_listen(sql: &[u8]) -> bool {
     ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+/// Whether the text may make, drop or rename a database, which takes that nobody else is connected to it.
+pub fn may_need_database_alone(sql: &[u8]) -> bool {
+    contains(sql, b"database")
 }
 
 /// Whether a transaction that the text begins may still be open at its end.
@@ -190,6 +197,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         if is_key(word) || (self.copy && word == b"program") {
             self.seen.suspicious = true;
         }
+        self.seen.lists |= word == b"pg_prepared_statements";
         if matches!(word, b"temp" | b"temporary") || word.starts_with(b"pg_temp") {
             return true;
         }

@@ -88,6 +88,8 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         let mut residue = if seen.leaves_state { track::look(text, ward.lex()) } else { Residue::none() };
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
+        residue.lists = seen.lists;
+        residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
     if !ward.looks() {
@@ -129,7 +131,8 @@ enum Expect {
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
-    InjectedClose,
+    /// A Close of ours, of the statement with this number.
+    InjectedClose(u64),
     /// A Sync of ours behind a Parse of ours.
     InjectedSync,
     /// A Query of ours, whose outcome does not matter.
@@ -226,6 +229,8 @@ pub struct Session {
     untidy: bool,
     /// The client's `search_path`, if it has set one: the same text means something else under another.
     scope: Box<str>,
+    /// Something that is not answered yet may take prepared statements away.
+    takes_away: bool,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -274,6 +279,7 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
+            takes_away: false,
         }
     }
 
@@ -384,6 +390,12 @@ impl Session {
         self.asks
     }
 
+    /// Whether a database may have to be nobody else's for what the client has just said; asked once.
+    #[inline]
+    pub fn needs_database_alone(&mut self) -> bool {
+        std::mem::take(&mut self.residue.databases)
+    }
+
     /// Whether anything may be left behind.
     #[inline]
     pub fn has_residue(&self) -> bool {
@@ -405,6 +417,7 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
+        self.takes_away |= residue.frees;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -527,7 +540,7 @@ impl Session {
         };
         let whole = frame.len() == header.total;
         self.note_residue(&residue, whole);
-        self.note_sequences(&residue, link.prepared, out);
+        self.note_sequences(&residue, true, link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -538,6 +551,10 @@ impl Session {
         let shared: Vec<_> = shared.collect();
         let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
         if !self.open_group && self.status != b'E' {
+            if residue.lists && self.hide_others(None, link, out) {
+                message::sync(out);
+                self.expects.push_back(Expect::InjectedSync);
+            }
             self.bring(&shared, link, out);
         }
         self.open_group = false;
@@ -588,34 +605,49 @@ impl Session {
             self.make_room(statement, max, link, out);
             if link.prepared.put_right(statement.id) {
                 message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose);
+                self.push_extended(Expect::InjectedClose(statement.id));
             }
             message::parse_with(out, &statement.name, &statement.body);
             self.push_extended(Expect::Injected(statement.id));
         }
     }
 
+    /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
+    /// there was anything to close.
+    fn hide_others(&mut self, used: Option<u64>, link: &mut Link<'_>, out: &mut BytesMut) -> bool {
+        if self.statements == Statements::PassThrough {
+            return false;
+        }
+        let own: HashSet<u64> = self.named.values().map(|statement| statement.id).chain(used).collect();
+        let others = link.prepared.take_unless(|id| own.contains(&id));
+        for statement in &others {
+            message::close(out, b'S', &statement.name);
+            self.push_extended(Expect::InjectedClose(statement.id));
+        }
+        !others.is_empty()
+    }
+
     /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
-    fn note_sequences(&mut self, residue: &Residue, prepared: &mut Prepared, out: &mut BytesMut) {
+    fn note_sequences(&mut self, residue: &Residue, simple: bool, prepared: &mut Prepared, out: &mut BytesMut) {
         if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
             return;
         }
         self.asks |= residue.asks;
-        if self.asks {
-            self.residue.asks = true;
-            // An aborted transaction takes nothing but its end.
-            if prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E' {
-                self.discard_sequences(out);
-            }
+        self.residue.asks |= self.asks;
+        // An aborted transaction takes nothing but its end.
+        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
+        // What is not understood may ask, and makes the state ours.
+        if others && (self.asks || residue.unknown) {
+            self.discard_sequences(simple, out);
         }
         prepared.sequences_of = Some(self.client);
     }
 
-    /// Lets the session forget what another client has left.
-    fn discard_sequences(&mut self, out: &mut BytesMut) {
+    /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
+    fn discard_sequences(&mut self, simple: bool, out: &mut BytesMut) {
         const NAME: &[u8] = b"pgusher_discard";
         let text = "DISCARD SEQUENCES";
-        if !self.open_group {
+        if simple && !self.open_group {
             message::query(out, text);
             self.expects.push_back(Expect::InjectedQuery);
             return;
@@ -681,6 +713,10 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
+        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
+            // It may be gone by then, or not: it is closed, and prepared again.
+            link.prepared.squat(statement.id);
+        }
         if link.prepared.touch(statement.id) {
             if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
@@ -698,7 +734,7 @@ impl Session {
         self.make_room(&statement, max, link, out);
         if link.prepared.put_right(statement.id) {
             message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose);
+            self.push_extended(Expect::InjectedClose(statement.id));
         }
         message::parse_with(out, &statement.name, &statement.body);
         let undo = ParseUndo { name: name.into(), statement };
@@ -799,7 +835,7 @@ impl Session {
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         if let Some(victim) = link.prepared.add(statement.clone(), max) {
             message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose);
+            self.push_extended(Expect::InjectedClose(victim.id));
         }
     }
 
@@ -827,10 +863,14 @@ impl Session {
         let mut shared = None;
         let verdict = match statement {
             Resolved::AsNamed if out.is_empty() => Verdict::Forward,
-            Resolved::Shared(statement, clients) => {
+            Resolved::Shared(statement, clients, events) => {
+                self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
-                self.note_sequences(&statement.residue, link.prepared, out);
+                self.note_sequences(&statement.residue, false, link.prepared, out);
+                if statement.residue.lists {
+                    self.hide_others(Some(statement.id), link, out);
+                }
                 out.put_u8(b'B');
                 let length = header.total - 1 - name.len() + statement.name.len();
                 // Fits: the client's own length did, and our names are short.
@@ -863,7 +903,10 @@ impl Session {
     fn bind_unnamed(&mut self, values: &[u8], whole: bool, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         let Some(unnamed) = self.unnamed.take() else { return };
         self.note_bound(&unnamed.residue, values, whole);
-        self.note_sequences(&unnamed.residue, link.prepared, out);
+        self.note_sequences(&unnamed.residue, false, link.prepared, out);
+        if unnamed.residue.lists {
+            self.hide_others(None, link, out);
+        }
         self.bound = unnamed.events.clone();
         self.unnamed = Some(unnamed);
         self.bring_used(max, link, out);
@@ -900,8 +943,34 @@ impl Session {
             return Some(Resolved::AsNamed);
         };
         let (name, statement) = (name.clone(), statement.clone());
+        let (statement, events) =
+            if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
         self.bring_one(&statement, max, link, out);
-        Some(Resolved::Shared(statement, name))
+        Some(Resolved::Shared(statement, name, events))
+    }
+
+    /// A statement that names others (`EXECUTE a`), with our names for what they mean now; these are prepared first.
+    fn as_named_now(
+        &mut self,
+        statement: Arc<Statement>,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> (Arc<Statement>, Events) {
+        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let uses = names::uses(text, link.ward.lex());
+        let events = self.events(&uses);
+        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
+        if used.is_empty() {
+            return (statement, events);
+        }
+        for used in &used {
+            self.bring_one(used, max, link, out);
+        }
+        let mut body = self.translate(text, &uses);
+        body.extend_from_slice(&statement.body[text.len()..]);
+        let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
+        (translated, events)
     }
 
     fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
@@ -956,7 +1025,7 @@ impl Session {
                 out.extend_from_slice(frame);
                 Verdict::Replace
             }
-            Resolved::Shared(statement, name) => {
+            Resolved::Shared(statement, name, _) => {
                 shared = Some(Shared { id: statement.id, name });
                 message::describe(out, b'S', &statement.name);
                 Verdict::Replace
@@ -1112,7 +1181,7 @@ impl Session {
             b'3' => match self.take() {
                 Some(Expect::Close) => Ok(Verdict::Forward),
                 Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
-                Some(Expect::InjectedClose) => Ok(Verdict::Swallow),
+                Some(Expect::InjectedClose(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
             },
             b'E' => Ok(self.error(frame, prepared, out)),
@@ -1135,6 +1204,7 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
+        self.takes_away &= self.expects.len() > 1;
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
@@ -1164,7 +1234,10 @@ impl Session {
             b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}
         }
-        if matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && prepared.sequences_of == Some(self.client) {
+        // What comes behind it in the same pipeline counts again.
+        let last = !self.expects.iter().skip(1).any(|e| matches!(e, Expect::Query(_) | Expect::Execute(_)));
+        let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
+        if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
             self.residue.asks |= self.asks;
         }
@@ -1254,7 +1327,7 @@ impl Session {
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
             Expect::Query(events) | Expect::Execute(events) => events.is_some(),
-            Expect::Injected(_) | Expect::InjectedClose | Expect::OurParse(_) | Expect::OurClose(_) => true,
+            Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
@@ -1263,7 +1336,7 @@ impl Session {
 
     /// Whether the Parse of ours that is answered now is for a Query.
     fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose);
+        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
         matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
     }
 
@@ -1287,8 +1360,8 @@ impl Session {
             Expect::OurClose(Some(closed)) => {
                 self.named.insert(closed.0, closed.1);
             }
-            // The server still has it under a name that we consider free: a reset makes it so.
-            Expect::InjectedClose => self.residue.unknown = true,
+            // The server still has it, under a name that is to be closed before it is used again.
+            Expect::InjectedClose(id) => prepared.squat(id),
             _ => {}
         }
     }
@@ -1331,8 +1404,8 @@ fn is_about_names(tag: &[u8]) -> bool {
 enum Resolved {
     /// The name means the same to the server.
     AsNamed,
-    /// Under a name of ours, and the client's.
-    Shared(Arc<Statement>, Arc<[u8]>),
+    /// Under a name of ours, and the client's; what it does to names when it is executed.
+    Shared(Arc<Statement>, Arc<[u8]>, Events),
     /// The unnamed statement was parsed again; the output holds its Parse.
     Injected,
 }

@@ -222,6 +222,75 @@ async fn class_10_what_sql_prepares_is_there_for_the_protocol() {
     world.metric_until("pgusher_pinned_clients{reason=\"prepare\"}", 0.0).await;
 }
 
+/// `EXECUTE` may itself be prepared, as asyncpg does with everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_10_what_the_protocol_prepares_is_there_for_a_prepared_execute() {
+    let world = world().await;
+    let mut client = world.raw("client_001").await;
+    for (name, sql) in [("p", "SELECT 7"), ("x", "EXECUTE p")] {
+        client
+            .compose(|b| {
+                b.parse(name, sql);
+                b.describe(b'S', name);
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "1 Z(I)", "{sql}");
+        others(&world).await;
+    }
+    for expected in ["2 D(7) C(SELECT 1) Z(I)", "2 D(8) C(SELECT 1) Z(I)"] {
+        client
+            .compose(|b| {
+                b.bind("", "x", &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), expected);
+        others(&world).await;
+        client
+            .compose(|b| {
+                b.close(b'S', "p");
+                b.parse("p", "SELECT 8");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "3 1 Z(I)");
+    }
+}
+
+/// What is prepared for others is not listed.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_10_who_lists_prepared_statements_sees_none_of_others() {
+    const LIST: &str = "SELECT count(*) FROM pg_prepared_statements";
+    let world = world().await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for round in 1..4 {
+        one.compose(|b| {
+            b.parse(&format!("s{round}"), &format!("SELECT {round}"));
+            b.bind("", &format!("s{round}"), &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+        one.until_ready().await;
+        assert_eq!(one.value(LIST).await, round.to_string());
+        assert_eq!(two.value(LIST).await, "0");
+        two.compose(|b| b.extended(LIST, &[])).await;
+        assert_eq!(show(&two.until_ready().await), "1 2 D(0) C(SELECT 1) Z(I)");
+        // They are prepared again where they are used again.
+        for used in 1..=round {
+            one.compose(|b| {
+                b.bind("", &format!("s{used}"), &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+            assert_eq!(show(&one.until_ready().await), format!("2 D({used}) C(SELECT 1) Z(I)"));
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_11_a_statement_lives_from_one_sync_to_the_next() {
     let world = world().await;
@@ -307,6 +376,34 @@ async fn class_12_sequences_say_what_this_session_did() {
     assert_eq!(one.value("SELECT random()::text").await, expected);
 }
 
+/// Also who keeps a connection for another reason does not find what others did with sequences there.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_12_sequences_of_others_are_not_seen_by_who_is_pinned() {
+    let world = world().await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    one.query("CREATE SEQUENCE numbers; SELECT nextval('numbers')").await;
+    two.query("SELECT pg_try_advisory_lock(1)").await;
+    assert_eq!(two.error("SELECT currval('numbers')").await.code(), "55000");
+    // Forgetting that leaves alone what was prepared before.
+    let mut three = world.raw("client_001").await;
+    three
+        .compose(|b| {
+            b.parse("", "SELECT coalesce(pg_try_advisory_lock(2), false)");
+            b.sync();
+        })
+        .await;
+    three.until_ready().await;
+    one.query("SELECT nextval('numbers')").await;
+    three
+        .compose(|b| {
+            b.bind("", "", &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&three.until_ready().await), "2 D(t) C(SELECT 1) Z(I)");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_13_notifications_reach_those_who_listen() {
     let world = world().await;
@@ -332,6 +429,18 @@ async fn class_14_idle_connections_do_not_stand_in_the_way_of_databases() {
     let idle =
         "SELECT count(*) FROM pg_stat_activity WHERE datname IN ('template1', 'postgres') AND usename LIKE 'client%'";
     assert_eq!(world.admin_value(idle).await, 0);
+}
+
+/// Who has a server of its own makes and drops databases, which takes that no idle connection uses them.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_14_idle_connections_make_way_for_who_drops_a_database() {
+    let world = world().await;
+    others(&world).await;
+    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE usename = 'client_001'", 2).await;
+    let mut client = world.raw("client_001").await;
+    assert_eq!(client.error("DROP DATABASE no_such_database").await.code(), "3D000");
+    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE usename = 'client_001'", 0).await;
+    assert_eq!(client.value("SELECT 1").await, "1");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,6 +44,23 @@ async fn server_connections_are_opened_when_needed_and_no_more_than_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_short_transactions_is_over_before_each_has_a_connection() {
+    let world = world(PoolMode::Auto, |config| config.pool.default_pool_size = 40).await;
+    let mut clients = Vec::new();
+    for _ in 0..40 {
+        clients.push(world.raw("client_001").await);
+    }
+    futures_util::future::join_all(clients.iter_mut().map(|client| client.query("SELECT 1"))).await;
+    let open = world.server_processes().await;
+    assert!(open <= 20, "{open}");
+    // Long ones get what they need.
+    let work = clients.iter_mut().map(|client| client.query("SELECT pg_backend_pid(), pg_sleep(2)"));
+    let answers = futures_util::future::join_all(work).await;
+    let pids: BTreeSet<String> = answers.iter().map(|a| a[1].values()[0].clone()).collect();
+    assert_eq!(pids.len(), 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn clients_wait_in_line() {
     let world = world(PoolMode::Transaction, |config| config.pool.default_pool_size = 1).await;
     let mut first = world.raw("client_001").await;
@@ -269,6 +286,34 @@ async fn what_leaves_nothing_behind_costs_no_reset() {
             format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {served_by} AND query = 'DISCARD ALL'");
         world.admin_until(&discarded, 1).await;
     }
+}
+
+/// However it was found out what they have set.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_with_the_same_settings_share_a_connection_without_a_word() {
+    let cluster = std::sync::Arc::new(crate::postgres::Cluster::start_with(&["log_statement=all"]));
+    let world = World::with_clusters(vec![cluster], |config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for client in [&mut one, &mut two] {
+        client.query("SET statement_timeout = '30s'; SET work_mem = 8192").await;
+    }
+    one.query("DO $$ BEGIN NULL; END $$").await;
+    for client in [&mut one, &mut two] {
+        client.query("SELECT 'first'").await;
+    }
+    for _ in 0..5 {
+        for client in [&mut one, &mut two] {
+            client.query("SELECT 'again'").await;
+        }
+    }
+    let log = world.cluster().log();
+    let (_, since) = log.rsplit_once("SELECT 'first'").unwrap();
+    assert_eq!(since.matches("SELECT 'again'").count(), 10, "{since}");
+    assert!(!since.contains("set_config"), "{since}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -277,3 +277,70 @@ fn after_an_error_nobody_knows_which_settings_were_made() {
     both.servers(&[ERROR, READY]);
     assert!(both.session.take_residue().unknown);
 }
+
+#[test]
+fn a_pipeline_that_may_take_statements_away_prepares_them_again() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"a\0SELECT 1\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    both.client(b'P', b"\0DISCARD ALL\0\0\0");
+    both.client(b'B', b"\0\0\0\0\0\0\0\0");
+    both.client(b'E', b"\0\0\0\0\0");
+    // Known, but perhaps not any more by then.
+    assert_eq!(both.client(b'P', b"b\0SELECT 1\0\0\0").0, "CP");
+    assert_eq!(both.client(b'B', b"\0b\0\0\0\0\0\0\0").0, "B");
+    both.client(b'S', b"");
+    let discarded =
+        [(b'1', &b""[..]), (b'2', b""), (b'C', b"DISCARD ALL\0"), (b'3', b""), (b'1', b""), (b'2', b""), READY];
+    assert_eq!(both.servers(&discarded), "12C12Z");
+    assert_eq!(both.prepared.len(), 1);
+    // Answered: what is there stays.
+    assert_eq!(both.client(b'P', b"c\0SELECT 1\0\0\0").0, "");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[READY]), "Z");
+    // The Close of ours was skipped: the name is closed before it is used again.
+    both.client(b'P', b"\0DISCARD ALL\0\0\0");
+    both.client(b'P', b"d\0SELECT 1\0\0\0");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert_eq!(both.client(b'B', b"\0c\0\0\0\0\0\0\0").0, "CPB");
+}
+
+#[test]
+fn a_prepared_execute_runs_what_its_name_means_now() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"a\0SELECT 1\0\0\0");
+    both.client(b'P', b"x\0EXECUTE a\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'1', b""), READY]);
+    let frame = message(b'B', b"\0x\0\0\0\0\0\0\0");
+    let header = frame::header(&frame).unwrap().unwrap();
+    let mut link = Link { prepared: &mut both.prepared, registry: &both.registry, ward: &Guard };
+    let mut out = BytesMut::new();
+    both.session.on_client(header, &frame, &mut link, &mut out).unwrap();
+    // One of three statements has to go, there is room for two.
+    assert_eq!(tags(&out), "CPB");
+    assert!(out.windows(17).any(|text| text == b"EXECUTE pgusher_0"), "{out:?}");
+    both.client(b'E', b"\0\0\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'3', b""), (b'1', b""), (b'2', b""), (b'C', b"SELECT 1\0"), READY]);
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
+    let mut both = Both::new(PoolMode::Auto);
+    for text in [&b"\0DISCARD ALL\0\0\0"[..], b"\0INSERT INTO t VALUES (1)\0\0\0"] {
+        both.client(b'P', text);
+        both.client(b'B', b"\0\0\0\0\0\0\0\0");
+        both.client(b'E', b"\0\0\0\0\0");
+    }
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"DISCARD ALL\0")]);
+    assert_eq!(both.prepared.sequences_of, Some(1));
+    both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"INSERT 0 1\0"), READY]);
+    both.client(b'Q', b"DISCARD ALL\0");
+    both.servers(&[(b'C', b"DISCARD ALL\0"), READY]);
+    assert_eq!(both.prepared.sequences_of, None);
+}
