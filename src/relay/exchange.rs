@@ -48,7 +48,10 @@ impl Relay {
             outcome = match Box::pin(self.settle(&mut lease)).await {
                 Err(error) => Outcome::Told(error),
                 Ok(()) if self.pinned.is_none() => break,
-                Ok(()) => poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await,
+                Ok(()) => {
+                    self.client.key.entry.bind(lease.conn().cancel_target());
+                    poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await
+                }
             };
         }
         self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
@@ -148,6 +151,9 @@ impl Relay {
         };
         let slow = |_| lost("The server did not say in time what the session holds.".to_owned());
         let failed = |error| lost(format!("{error}."));
+        // A cancel that is late must not stop what is asked now.
+        self.client.key.entry.unbind();
+        tokio::time::timeout(timeout, conn.cancels.settled()).await.map_err(slow)?;
         let residue = self.session.take_residue();
         let (mut listens, mut pinned) = (None, self.pinned);
         if !residue.is_none() {

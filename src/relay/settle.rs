@@ -57,8 +57,13 @@ pub async fn settle(
     let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
     if !residue.unknown && !freed && (!residue.resets || carried.is_empty()) {
         let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
-        let carried = if names.is_empty() { carried.clone() } else { ask(conn, &names, (**carried).clone()).await? };
-        return Ok(Settled { carried, pinned, listens: None });
+        if names.is_empty() {
+            return Ok(Settled { carried: carried.clone(), pinned, listens: None });
+        }
+        return Ok(match ask(conn, &names, (**carried).clone()).await? {
+            Some(carried) => Settled { carried, pinned, listens: None },
+            None => Settled { carried: carried.clone(), pinned: Some(UNKNOWN), listens: None },
+        });
     }
     let mut rows = conn.rows(&[&PROBE.replace(HELD_LOCKS, HELD_LOCKS_SHIM)]).await;
     if matches!(rows, Err(ServerError::Server(_))) {
@@ -86,8 +91,13 @@ pub async fn settle(
     let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();
     let known = listed.into_iter().filter(|(name, _)| !conn.params.has(name));
     let known: Carried = known.map(|(name, value)| (name.into(), value.into())).collect();
-    let carried = if names.is_empty() { Arc::new(known) } else { ask(conn, &names, known).await? };
-    Ok(Settled { carried, pinned, listens: Some(listens) })
+    if names.is_empty() {
+        return Ok(Settled { carried: Arc::new(known), pinned, listens: Some(listens) });
+    }
+    Ok(match ask(conn, &names, known).await? {
+        Some(carried) => Settled { carried, pinned, listens: Some(listens) },
+        None => Settled { carried: carried.clone(), pinned: Some(UNKNOWN), listens: Some(listens) },
+    })
 }
 
 const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
@@ -111,8 +121,13 @@ const PROBE: &str = "SELECT \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
            'transaction_read_only', 'transaction_deferrable']))";
 
-/// Asks for the values of settings and adds them to `known`; one that does not exist is left out.
-async fn ask(conn: &mut ServerConnection, names: &[&str], mut known: Carried) -> Result<Arc<Carried>, ServerError> {
+/// Asks for the values of settings and adds them to `known`; one that does not exist is left out. `None`: the server
+/// does not say (a `statement_timeout` of the client's, for one), so that they cannot be carried.
+async fn ask(
+    conn: &mut ServerConnection,
+    names: &[&str],
+    mut known: Carried,
+) -> Result<Option<Arc<Carried>>, ServerError> {
     let mut sql = String::from("SELECT ");
     for (at, name) in names.iter().enumerate() {
         let comma = if at > 0 { ", " } else { "" };
@@ -121,7 +136,7 @@ async fn ask(conn: &mut ServerConnection, names: &[&str], mut known: Carried) ->
     }
     let values = match conn.rows(&[&sql]).await {
         Ok(rows) => rows.into_iter().next().unwrap_or_default(),
-        Err(ServerError::Server(_)) => Vec::new(),
+        Err(ServerError::Server(_)) => return Ok(None),
         Err(error) => return Err(error),
     };
     for (name, value) in names.iter().zip(values) {
@@ -130,7 +145,7 @@ async fn ask(conn: &mut ServerConnection, names: &[&str], mut known: Carried) ->
             None => drop(known.remove(*name)),
         }
     }
-    Ok(Arc::new(known))
+    Ok(Some(Arc::new(known)))
 }
 
 /// A text that makes the server's settings the client's; `None` if they are.
