@@ -11,7 +11,7 @@ use super::mistake::{Mistake, Place, nearest};
 const PREFIX: &str = "PGUSHER_";
 
 /// Variables that are read elsewhere: the configuration file's own name, and what `pgusher dev` starts servers with.
-const ELSEWHERE: &[&str] = &["PGUSHER_CONFIG", "PGUSHER_PG_BIN", "PGUSHER_PG_USER"];
+const ELSEWHERE: &[&str] = &["PGUSHER_CONFIG", "PGUSHER_PG_BIN", "PGUSHER_PG_CACHE", "PGUSHER_PG_USER"];
 
 /// Puts variables over what the file says.
 pub(super) fn overlay(
