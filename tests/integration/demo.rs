@@ -4,12 +4,12 @@ use std::process::Command;
 
 use futures_util::{SinkExt as _, TryStreamExt as _};
 
-use crate::postgres::{Cluster, bin_dir};
+use crate::postgres::{Cluster, client_program};
 use crate::world::{self, APP_PASSWORD, Setup, World};
 
 async fn psql(port: u16, tenant: &str, arguments: &[&str]) -> String {
     let dsn = format!("postgresql://app.{tenant}:{APP_PASSWORD}@127.0.0.1:{port}/{tenant}");
-    let mut command = Command::new(bin_dir().unwrap().join("psql"));
+    let mut command = Command::new(client_program("psql"));
     command.args(["-XAtq", "-v", "ON_ERROR_STOP=1", &dsn]).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -44,7 +44,7 @@ async fn one_tenants_bookings_are_not_anothers() {
 }
 
 async fn pgbench(port: u16, tenant: &'static str, arguments: Vec<String>) -> String {
-    let mut command = Command::new(bin_dir().unwrap().join("pgbench"));
+    let mut command = Command::new(client_program("pgbench"));
     command
         .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-U", &format!("app.{tenant}")])
         .args(arguments)
