@@ -63,10 +63,12 @@ test:
 	$(MAKE) --no-print-directory test-files
 
 # nextest runs each test in a process of its own, but not the examples in the documentation.
+FILTER ?= all()
+
 test-rust:
 	$(CARGO) build --locked
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-	  $(CARGO) nextest run --locked --no-fail-fast && $(CARGO) test --locked --doc; \
+	  $(CARGO) nextest run --locked --no-fail-fast -E '$(FILTER)' && $(CARGO) test --locked --doc; \
 	else \
 	  $(CARGO) test --locked --no-fail-fast; \
 	fi
@@ -104,14 +106,15 @@ test-full:
 	$(DEPS) build server
 	$(CARGO) test --locked --release --lib --test integration -- --ignored --skip known_ --nocapture --test-threads 1
 
-# 15 is Debian's package, the others are downloaded: see .ci/install-postgres.
+# 15 is Debian's package, the others are downloaded: see .ci/install-postgres. The model test is for 15: from 17 on, what
+# pgusher puts into a pipeline can be seen in one case (docs/compatibility.md).
 VERSIONS ?= 15 18
 
 test-matrix:
 	$(DEPS) build server
 	set -e; for version in $(VERSIONS); do \
 	  bin=$$(.ci/install-postgres $$version); echo "== PostgreSQL $$version ($$bin)"; \
-	  PGUSHER_PG_BIN=$$bin $(MAKE) --no-print-directory test-rust; \
+	  PGUSHER_PG_BIN=$$bin $(MAKE) --no-print-directory test-rust FILTER='not binary(model)'; \
 	done
 
 # Some attacks leak by design; tests/isolation/unstoppable.txt has them, with reasons.
