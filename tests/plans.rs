@@ -795,6 +795,27 @@ async fn a_database_is_adopted_when_every_defect_in_it_is_repaired() {
     proxy.stop().await;
 }
 
+/// Everybody is at home on `shared`, but `client_001`, whose server is `own` and whose role there is `boss`.
+fn with_a_server_of_its_own(shared: &Cluster, own: &Cluster, template: Option<&Path>) -> Config {
+    let mut config = config(shared, template);
+    config.shards.push(ShardConfig {
+        dedicated_to: Some("client_001".into()),
+        database: "app".into(),
+        tenant_role: Some("boss".into()),
+        tenant_password: Secret::new("given"),
+        ..shard("own", own)
+    });
+    config.users.push(User {
+        name: "app".into(),
+        password: Secret::new("pw"),
+        tenants: vec!["*".into()],
+        auto_provision: true,
+    });
+    config.proxy.listen_port = support::postgres::free_port();
+    (config.api.listen, config.metrics.listen) = (String::new(), String::new());
+    config
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn through_the_proxy_only_a_tenant_with_its_own_shard_chooses_a_database_and_may_be_superuser() {
     let (shared, old) = (Cluster::start(), Cluster::start());
@@ -804,23 +825,7 @@ async fn through_the_proxy_only_a_tenant_with_its_own_shard_chooses_a_database_a
         admin.batch_execute(sql).await.unwrap();
     }
     let files = template(NOTES);
-    let mut config = config(&shared, Some(files.path()));
-    config.shards.push(ShardConfig {
-        dedicated_to: Some("client_001".into()),
-        database: "app".into(),
-        tenant_role: Some("boss".into()),
-        tenant_password: Secret::new("given"),
-        ..shard("old", &old)
-    });
-    config.users.push(User {
-        name: "app".into(),
-        password: Secret::new("pw"),
-        tenants: vec!["*".into()],
-        auto_provision: true,
-    });
-    config.proxy.listen_port = support::postgres::free_port();
-    config.api.listen = String::new();
-    config.metrics.listen = String::new();
+    let config = with_a_server_of_its_own(&shared, &old, Some(files.path()));
     let server = Server::start(config.clone()).await.unwrap();
     let connect = async |user: &str, database: &str| {
         let (client, connection) = tokio_postgres::Config::new()
@@ -870,23 +875,7 @@ async fn only_a_tenant_with_its_own_shard_replicates() {
     let admin = own.admin("postgres").await;
     admin.batch_execute("CREATE ROLE boss LOGIN REPLICATION PASSWORD 'given'").await.unwrap();
     admin.batch_execute("CREATE DATABASE app OWNER boss").await.unwrap();
-    let mut config = config(&shared, None);
-    config.shards.push(ShardConfig {
-        dedicated_to: Some("client_001".into()),
-        database: "app".into(),
-        tenant_role: Some("boss".into()),
-        tenant_password: Secret::new("given"),
-        ..shard("own", &own)
-    });
-    config.users.push(User {
-        name: "app".into(),
-        password: Secret::new("pw"),
-        tenants: vec!["*".into()],
-        auto_provision: true,
-    });
-    config.proxy.listen_port = support::postgres::free_port();
-    config.api.listen = String::new();
-    config.metrics.listen = String::new();
+    let config = with_a_server_of_its_own(&shared, &own, None);
     let server = Server::start(config.clone()).await.unwrap();
     let port = config.proxy.listen_port;
     let run = async move |program: &str, user: &str, arguments: &[&str]| {
