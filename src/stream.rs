@@ -8,11 +8,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use bytes::BytesMut;
+use bytes::{BufMut as _, BytesMut};
 use thread_local::ThreadLocal;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_util::io::poll_read_buf;
 
 /// A connected socket.
 #[derive(Debug)]
@@ -40,7 +41,29 @@ pub enum Stream {
     Tls(Box<TlsStream<Carrier>>),
 }
 
-/// A stream on its way from one runtime to another.
+/// A stream on its way from one task to another.
+#[derive(Debug)]
+pub enum Moving {
+    /// In the same runtime.
+    Within(Stream),
+    /// To another one.
+    Between(Detached),
+}
+
+impl Moving {
+    /// Puts the stream into the runtime of the calling task, if it is not there.
+    ///
+    /// # Errors
+    /// Those of registering the socket.
+    pub fn arrive(self) -> io::Result<Stream> {
+        match self {
+            Self::Within(stream) => Ok(stream),
+            Self::Between(detached) => detached.attach(),
+        }
+    }
+}
+
+/// A stream that belongs to no runtime.
 #[derive(Debug)]
 pub struct Detached {
     socket: DetachedSocket,
@@ -216,12 +239,13 @@ impl Stream {
     /// Those of the socket.
     pub async fn read_some(&mut self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
         // In place: an array here would live in the future of every caller.
-        let start = buf.len();
         poll_fn(|cx| {
-            buf.resize(start + limit.min(4096), 0);
-            let result = self.poll_fill(cx, &mut buf[start..]);
-            buf.truncate(start + if let Poll::Ready(Ok(n)) = result { n } else { 0 });
-            result
+            buf.reserve(limit.min(4096));
+            let mut room = (&mut *buf).limit(limit.min(4096));
+            match self {
+                Self::Plain(s) => poll_read_buf(Pin::new(s), cx, &mut room),
+                Self::Tls(s) => poll_read_buf(Pin::new(s.as_mut()), cx, &mut room),
+            }
         })
         .await
     }
@@ -337,6 +361,7 @@ impl Detached {
 #[derive(Debug)]
 pub struct Buffers {
     free: ThreadLocal<RefCell<Vec<Box<[u8]>>>>,
+    large: ThreadLocal<RefCell<Vec<Box<[u8]>>>>,
     texts: ThreadLocal<RefCell<Vec<BytesMut>>>,
     size: usize,
 }
@@ -344,10 +369,16 @@ pub struct Buffers {
 /// Free buffers kept for the next taker.
 const KEEP: usize = 64;
 
+/// The same of large ones, which only those have who move a lot.
+const KEEP_LARGE: usize = 8;
+
+/// A large buffer is so many times the size of others.
+const LARGE: usize = 4;
+
 impl Buffers {
     /// Buffers of `size` bytes.
     pub fn new(size: usize) -> Self {
-        Self { free: ThreadLocal::new(), texts: ThreadLocal::new(), size }
+        Self { free: ThreadLocal::new(), large: ThreadLocal::new(), texts: ThreadLocal::new(), size }
     }
 
     /// Size of a buffer in bytes.
@@ -363,11 +394,19 @@ impl Buffers {
         free.unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
     }
 
+    /// A larger one, for who receives more at once than others hold: fewer system calls for the same bytes.
+    pub fn take_large(&self) -> Box<[u8]> {
+        let free = self.large.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| vec![0; self.size * LARGE].into_boxed_slice())
+    }
+
     /// Takes a buffer back; one that has grown is freed.
     #[inline]
     pub fn give(&self, buffer: Box<[u8]>) {
         if buffer.len() == self.size {
-            keep(&self.free, buffer);
+            keep(&self.free, buffer, KEEP);
+        } else if buffer.len() == self.size * LARGE {
+            keep(&self.large, buffer, KEEP_LARGE);
         }
     }
 
@@ -383,15 +422,15 @@ impl Buffers {
     pub fn give_text(&self, mut text: BytesMut) {
         text.clear();
         if (1..=self.size).contains(&text.capacity()) {
-            keep(&self.texts, text);
+            keep(&self.texts, text, KEEP);
         }
     }
 }
 
 #[inline]
-fn keep<T: Send>(shelf: &ThreadLocal<RefCell<Vec<T>>>, item: T) {
+fn keep<T: Send>(shelf: &ThreadLocal<RefCell<Vec<T>>>, item: T, most: usize) {
     let mut shelf = shelf.get_or_default().borrow_mut();
-    if shelf.len() < KEEP {
+    if shelf.len() < most {
         shelf.push(item);
     }
 }

@@ -443,6 +443,7 @@ impl Relay {
         let mut scratch = BytesMut::new();
         loop {
             self.give_our_answers();
+            self.down.approve_rows();
             let unseen = self.down.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
                 return Ok(());

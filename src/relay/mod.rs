@@ -161,6 +161,8 @@ pub fn run<F: FnOnce(End) + Send>(
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
+        relay.up.put_away(&relay.worker.buffers);
+        relay.down.put_away(&relay.worker.buffers);
         drop(relay);
         at_end(end);
     }
