@@ -546,8 +546,8 @@ impl Relay {
     fn account(&mut self) {
         let now = Instant::now();
         self.memory.answered();
-        if !self.session.owes_ready() {
-            self.memory.named.answered(self.client.rules.settle_timeout());
+        if self.memory.named.is_any() && !self.session.owes_ready() {
+            self.memory.named.let_go(self.client.rules.settle_timeout());
         }
         let stats = &self.worker.stats;
         if self.session.take_altered() {
