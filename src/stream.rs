@@ -1,5 +1,6 @@
 //! A socket, plain or TLS, and the buffers that bytes in flight live in.
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -8,8 +9,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
-use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use thread_local::ThreadLocal;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
@@ -152,6 +153,16 @@ impl Stream {
             Self::Plain(Socket::Unix(s)) => s.poll_read_ready(cx),
             Self::Plain(Socket::Detached) => Socket::detached(),
             Self::Plain(Socket::Other(_)) | Self::Tls(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Whether a read may find something, as [`Stream::poll_readable`]; nobody is woken when the answer changes. One load.
+    #[inline]
+    pub fn may_read(&self) -> bool {
+        match self {
+            Self::Plain(Socket::Tcp(s)) => s.try_io(Interest::READABLE, || Ok(())).is_ok(),
+            Self::Plain(Socket::Unix(s)) => s.try_io(Interest::READABLE, || Ok(())).is_ok(),
+            Self::Plain(Socket::Other(_) | Socket::Detached) | Self::Tls(_) => true,
         }
     }
 
@@ -321,11 +332,12 @@ impl Detached {
     }
 }
 
-/// Relay buffers of one worker. A connection holds one only while bytes are in flight.
+/// Relay buffers. A connection holds one only while bytes are in flight; free ones are kept by each thread for itself, so
+/// that to take one costs neither a lock nor a system call.
 #[derive(Debug)]
 pub struct Buffers {
-    free: Mutex<Vec<Box<[u8]>>>,
-    texts: Mutex<Vec<BytesMut>>,
+    free: ThreadLocal<RefCell<Vec<Box<[u8]>>>>,
+    texts: ThreadLocal<RefCell<Vec<BytesMut>>>,
     size: usize,
 }
 
@@ -335,42 +347,51 @@ const KEEP: usize = 64;
 impl Buffers {
     /// Buffers of `size` bytes.
     pub fn new(size: usize) -> Self {
-        Self { free: Mutex::new(Vec::with_capacity(KEEP)), texts: Mutex::default(), size }
+        Self { free: ThreadLocal::new(), texts: ThreadLocal::new(), size }
     }
 
     /// Size of a buffer in bytes.
+    #[inline]
     pub fn size(&self) -> usize {
         self.size
     }
 
     /// A buffer; its content is whatever the last user left.
+    #[inline]
     pub fn take(&self) -> Box<[u8]> {
-        self.free.lock().pop().unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
+        let free = self.free.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
     }
 
     /// Takes a buffer back; one that has grown is freed.
+    #[inline]
     pub fn give(&self, buffer: Box<[u8]>) {
         if buffer.len() == self.size {
-            let mut free = self.free.lock();
-            if free.len() < KEEP {
-                free.push(buffer);
-            }
+            keep(&self.free, buffer);
         }
     }
 
     /// An empty buffer to write messages into.
+    #[inline]
     pub fn take_text(&self) -> BytesMut {
-        self.texts.lock().pop().unwrap_or_else(|| BytesMut::with_capacity(1024))
+        let free = self.texts.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| BytesMut::with_capacity(1024))
     }
 
     /// Takes it back; one that has grown large is freed.
+    #[inline]
     pub fn give_text(&self, mut text: BytesMut) {
         text.clear();
         if (1..=self.size).contains(&text.capacity()) {
-            let mut texts = self.texts.lock();
-            if texts.len() < KEEP {
-                texts.push(text);
-            }
+            keep(&self.texts, text);
         }
+    }
+}
+
+#[inline]
+fn keep<T: Send>(shelf: &ThreadLocal<RefCell<Vec<T>>>, item: T) {
+    let mut shelf = shelf.get_or_default().borrow_mut();
+    if shelf.len() < KEEP {
+        shelf.push(item);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use crate::pool::connect::ServerConnection;
 
 use super::watch::{Guard, Refused, attempt};
 use super::*;
-use crate::metrics::PIN_REASONS;
+use crate::metrics::{self, PIN_REASONS};
 
 /// See [`Relay::adopt_params`].
 #[inline]
@@ -41,8 +40,9 @@ impl Relay {
         }
         lease.conn().face().lend(self.client.key.pid);
         self.client.key.entry.bind(lease.conn().cancel_target());
-        self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, 1);
         (self.waits, self.server_deaf, self.farewell, self.held) = (Waits::Nobody, false, false, false);
+        self.down.disarm();
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
             outcome = match Box::pin(self.settle(&mut lease)).await {
@@ -50,11 +50,13 @@ impl Relay {
                 Ok(()) if self.pinned.is_none() => break,
                 Ok(()) => {
                     self.client.key.entry.bind(lease.conn().cancel_target());
+                    // What was settled has been read past it.
+                    self.down.disarm();
                     poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await
                 }
             };
         }
-        self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, -1);
         self.client.key.entry.unbind();
         match outcome {
             Outcome::Done => {
@@ -218,10 +220,10 @@ impl Relay {
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
         let pinned = &self.worker.stats.clients_pinned;
         if let Some(old) = self.pinned {
-            pinned[old].fetch_sub(1, Ordering::Relaxed);
+            metrics::shift(&pinned[old], -1);
         }
         if let Some(new) = reason {
-            pinned[new].fetch_add(1, Ordering::Relaxed);
+            metrics::shift(&pinned[new], 1);
         }
         self.pinned = reason;
     }
@@ -305,7 +307,7 @@ impl Relay {
                     }
                     _ => break,
                 }
-                self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
+                metrics::count(&self.worker.stats.server_out, self.up.take_sent());
                 continue;
             }
             if self.leaving || self.held_up || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
@@ -430,7 +432,7 @@ impl Relay {
             match self.down.poll_fill(cx, &mut lease.conn().stream, &self.worker.buffers) {
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ServerGone)),
                 Poll::Ready(Ok(n)) => {
-                    self.worker.stats.server_in.fetch_add(n as u64, Ordering::Relaxed);
+                    metrics::count(&self.worker.stats.server_in, n as u64);
                     moved = true;
                     if let Err(outcome) = self.scan_server(lease) {
                         return Poll::Ready(Some(outcome));
@@ -555,7 +557,7 @@ impl Relay {
         }
         let queries = self.session.take_queries();
         if queries > 0 {
-            stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);
+            metrics::count(&stats.queries, u64::from(queries));
             self.client.stats.count_queries(queries, self.worker.metrics.second(now.into_std()));
         }
         if let Some(since) = self.query_since.take() {
@@ -564,8 +566,8 @@ impl Relay {
         if self.session.status() == b'I'
             && let Some(since) = self.transaction_since.take()
         {
-            stats.transactions.fetch_add(1, Ordering::Relaxed);
-            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            metrics::count(&stats.transactions, 1);
+            metrics::count(&self.client.stats.transactions, 1);
             stats.transaction_time.observe(now.duration_since(since));
         }
         self.ready_at = now;
@@ -575,15 +577,15 @@ impl Relay {
     pub(super) fn poll_send_down(&mut self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         let result = self.down.poll_send(cx, &mut self.client.stream, &self.worker.buffers);
         let sent = self.down.take_sent();
-        self.worker.stats.client_out.fetch_add(sent, Ordering::Relaxed);
-        self.client.stats.client_out.fetch_add(sent, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_out, sent);
+        metrics::count(&self.client.stats.client_out, sent);
         result
     }
 
     #[inline]
     pub(super) fn count_client_in(&self, n: usize) {
-        self.worker.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
-        self.client.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_in, n as u64);
+        metrics::count(&self.client.stats.client_in, n as u64);
     }
 
     pub(super) fn arm(&mut self, timeout: Duration) {

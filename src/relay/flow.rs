@@ -12,6 +12,7 @@ use std::io;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
+use tokio::task::coop::has_budget_remaining;
 
 use crate::stream::{Buffers, Stream};
 
@@ -28,6 +29,8 @@ pub struct Flow {
     discard: usize,
     out: BytesMut,
     sent: u64,
+    /// The task will be woken when the stream has something to read.
+    armed: bool,
 }
 
 impl Flow {
@@ -170,7 +173,8 @@ impl Flow {
     }
 
     /// Receives some bytes; 0 is the end of the stream. There is always room for more: a buffer full of one frame that
-    /// must be seen whole grows, and who asks for that has checked the frame's length.
+    /// must be seen whole grows, and who asks for that has checked the frame's length. Another stream than the last time
+    /// has to be announced by [`Flow::disarm`].
     #[inline]
     pub fn poll_fill(
         &mut self,
@@ -179,18 +183,31 @@ impl Flow {
         buffers: &Buffers,
     ) -> Poll<io::Result<usize>> {
         if self.buf.is_none() {
-            ready!(stream.poll_readable(cx))?;
+            if self.armed && !stream.may_read() {
+                return Poll::Pending;
+            }
+            let readable = stream.poll_readable(cx);
+            // A task that has used up its turn is not registered, only told to come again.
+            self.armed = readable.is_pending() && has_budget_remaining();
+            ready!(readable)?;
             self.buf = Some(buffers.take());
         } else {
             self.make_room();
         }
         let Some(buf) = &mut self.buf else { return Poll::Pending };
+        self.armed = false;
         let result = stream.poll_fill(cx, &mut buf[self.end..]);
         if let Poll::Ready(Ok(n)) = result {
             self.end += n;
         }
         self.give_back(buffers);
         result
+    }
+
+    /// What is read next comes from another stream.
+    #[inline]
+    pub fn disarm(&mut self) {
+        self.armed = false;
     }
 
     fn make_room(&mut self) {

@@ -34,7 +34,7 @@ use crate::client::signals::{Signal, Signals};
 use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::metrics::{Metrics, TenantStats, WorkerStats};
+use crate::metrics::{self, Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
@@ -44,7 +44,7 @@ use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
 use crate::violation::{self, Action, Kind, Violation};
-use crate::wire::frame::{self, HEADER};
+use crate::wire::frame::{self, HEADER, until_nul};
 use crate::wire::message;
 use flow::Flow;
 use guard::{Neighbours, Seat};
@@ -508,14 +508,14 @@ struct Waiting<'a>(&'a WorkerStats);
 
 impl<'a> Waiting<'a> {
     fn new(stats: &'a WorkerStats) -> Self {
-        stats.clients_waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&stats.clients_waiting, 1);
         Self(stats)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.clients_waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.0.clients_waiting, -1);
     }
 }
 

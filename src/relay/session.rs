@@ -24,7 +24,7 @@ use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
-use crate::wire::frame::{self, HEADER, Header, cstr};
+use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
@@ -385,7 +385,7 @@ impl Session {
             b"" => self.unnamed.as_ref()?.body.as_slice(),
             name => &self.named.get(name)?.body,
         };
-        body.split(|&b| b == 0).next()
+        Some(until_nul(body))
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -580,7 +580,7 @@ impl Session {
     }
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
-        let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&frame[HEADER..]);
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
@@ -730,7 +730,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         let whole = frame.len() == header.total;
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
@@ -898,7 +898,7 @@ impl Session {
         }
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         if ward.looks() && see(text, ward).0.suspicious {
             return None;
         }
@@ -1084,7 +1084,7 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> (Arc<Statement>, Events) {
-        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&statement.body);
         let uses = names::uses(text, link.ward.lex());
         let events = self.events(&uses);
         let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
