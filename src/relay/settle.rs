@@ -141,11 +141,11 @@ const DEFAULT_ROLE: &str = "SELECT pg_catalog.substr(entry, 6) FROM pg_catalog.p
 
 /// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list, the
 /// role by name), and the settings made in it.
-/// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
+/// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path. What is in
+/// a schema depends on it, whatever it is (2615 is `pg_namespace`).
 const PROBE: &str = "SELECT \
-    EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-      OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-      OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
+    EXISTS (SELECT FROM pg_catalog.pg_depend WHERE refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
+      AND refclassid OPERATOR(pg_catalog.=) 2615::pg_catalog.oid), \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \
