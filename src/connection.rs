@@ -414,7 +414,7 @@ async fn greet(
     let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let pid = lease.as_mut().map(|lease| lease.conn().cancel_target().pid);
-    let key = shared.cancels.issue(secret_len, pid, signals.clone());
+    let key = shared.cancels.issue(secret_len, pid, &admitted.tenant.id, signals.clone());
     message::authentication_ok(&mut out);
     for (name, value) in params.iter() {
         message::parameter_status(&mut out, name, value.as_bytes());

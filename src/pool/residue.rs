@@ -28,6 +28,10 @@ pub struct Residue {
     pub databases: bool,
     /// Prepared statements may be listed, which leaves nothing.
     pub lists: bool,
+    /// Process ids of the server's may be among what it is about, which leaves nothing.
+    pub processes: bool,
+    /// The server is asked for the session's own process id, which leaves nothing.
+    pub own_process: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -79,6 +83,8 @@ impl Residue {
         self.advances |= other.advances;
         self.lists |= other.lists;
         self.databases |= other.databases;
+        self.processes |= other.processes;
+        self.own_process |= other.own_process;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

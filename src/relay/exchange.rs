@@ -244,6 +244,10 @@ impl Relay {
             if let Poll::Ready(Some(outcome)) = up {
                 return Poll::Ready(outcome);
             }
+            if self.held_up && self.memory.named.is_missing() {
+                std::task::ready!(self.poll_stand_in(cx));
+                continue;
+            }
             let down = self.poll_down(cx, lease);
             if let Poll::Ready(Some(outcome)) = down {
                 return Poll::Ready(outcome);
@@ -274,6 +278,7 @@ impl Relay {
             PoolMode::Session => self.leaving,
         };
         (wanted || self.held)
+            && !self.held_up
             && self.session.is_idle()
             && !self.up.has_output()
             && !self.up.mid_frame()
@@ -367,9 +372,18 @@ impl Relay {
             if self.session.needs_database_alone() {
                 self.pool.make_way();
             }
+            if self.session.asks_for_process() {
+                lease.conn().face().show_to(self.client.key.pid);
+            }
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
                 Verdict::Swallow => self.up.swallow(header.total),
+                Verdict::Later => {
+                    lease.conn().recent.forget_last();
+                    scratch.clear();
+                    self.held_up = true;
+                    return Ok(());
+                }
                 Verdict::Replace => {
                     self.up.out(&self.worker.buffers).extend_from_slice(scratch);
                     scratch.clear();
@@ -497,7 +511,7 @@ impl Relay {
                     self.down.swallow(header.total);
                 }
                 Verdict::Forward => self.down.approve(header.total),
-                Verdict::Swallow => self.down.swallow(header.total),
+                Verdict::Swallow | Verdict::Later => self.down.swallow(header.total),
                 Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
@@ -532,6 +546,9 @@ impl Relay {
     fn account(&mut self) {
         let now = Instant::now();
         self.memory.answered();
+        if !self.session.owes_ready() {
+            self.memory.named.answered(self.client.rules.settle_timeout());
+        }
         let stats = &self.worker.stats;
         if self.session.take_altered() {
             self.pool.statements.forget();

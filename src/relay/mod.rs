@@ -3,6 +3,7 @@
 //! One task per client. It waits without a server connection and without a buffer until a request begins, borrows a
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
+mod address;
 mod exchange;
 #[cfg(test)]
 mod faults;
@@ -15,6 +16,7 @@ mod notify;
 pub mod scan;
 pub mod session;
 pub mod settle;
+mod stand_in;
 pub mod track;
 mod watch;
 

@@ -11,6 +11,7 @@ mod postgres;
 mod raw;
 mod world;
 
+mod addressed;
 mod bad_input;
 mod cancel;
 mod classes;

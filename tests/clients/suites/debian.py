@@ -46,6 +46,20 @@ def source(suite, package, version=None):
     return next(path for path in home.iterdir() if path.is_dir())
 
 
+def archive(suite, package, pattern):
+    """One file of a source package, as it was downloaded. Others may be missing from a mirror."""
+    home = HOME / "archives" / f"{package}-{suite}"
+    home.mkdir(parents=True, exist_ok=True)
+    if not any(home.glob(pattern)):
+        try:
+            apt(suite, "source", "--download-only", "--only-source", f"{package}/{suite}", cwd=home)
+        except AssertionError:
+            # apt checks each file before it gives it its name.
+            if not any(home.glob(pattern)):
+                raise
+    return next(home.glob(pattern))
+
+
 def packages(suite, name, *wanted):
     """Binary packages unpacked into one directory, installed nowhere."""
     home = HOME / name
