@@ -4,7 +4,6 @@ Nothing comes from Go's own module proxy: compiler and dependencies are packages
 """
 
 import json
-import os
 import shutil
 import subprocess
 
@@ -53,14 +52,9 @@ def go(cwd, env, out, words):
     return results
 
 
-def chosen():
-    """Only some, for whoever looks into one."""
-    return ["-run", os.environ["PGUSHER_TESTS"]] if "PGUSHER_TESTS" in os.environ else []
-
-
 def libpq(world, kind, env, out):
     cwd = tree("golang-github-lib-pq", "github.com/lib/pq")
-    words = ["-timeout=20m", *chosen(), "."]
+    words = ["-timeout=20m", *(["-run", "|".join(world.parts)] if world.parts else []), "."]
     return go(cwd, env | {"PGSSLMODE": "disable"}, out, words)
 
 
@@ -70,5 +64,6 @@ def pgx(world, kind, env, out):
     world.own.sql("CREATE EXTENSION hstore; CREATE EXTENSION ltree; CREATE DOMAIN uint64 AS numeric(20,0)", env["PGDATABASE"])
     place = " ".join(f"{name}={env[f'PG{variable}']}" for name, variable in (
         ("host", "HOST"), ("port", "PORT"), ("user", "USER"), ("password", "PASSWORD"), ("dbname", "DATABASE")))
-    words = ["-timeout=20m", *chosen(), "./..."]
+    # Its parts are packages, as in `pgx:./pgconn,./stdlib`; `.` is the first one.
+    words = ["-timeout=20m", *(world.parts or ["./..."])]
     return go(cwd, {"PGX_TEST_DATABASE": place, "PGX_TEST_TCP_CONN_STRING": place}, out, words)
