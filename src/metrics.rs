@@ -86,7 +86,8 @@ pub struct WorkerStats {
 }
 
 /// Why a client keeps its server connection between transactions.
-pub const PIN_REASONS: [&str; 8] = ["temp", "cursor", "prepare", "listen", "lock", "sequence", "seed", "unknown"];
+pub const PIN_REASONS: [&str; 9] =
+    ["temp", "cursor", "prepare", "listen", "lock", "role", "sequence", "seed", "unknown"];
 
 /// Notifications, by what became of them.
 #[derive(Debug, Default)]

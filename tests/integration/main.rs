@@ -21,6 +21,7 @@ mod drain;
 mod failures;
 mod interleaved;
 mod notify;
+mod own_server;
 mod pooling;
 mod provisioning;
 mod startup;

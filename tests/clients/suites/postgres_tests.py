@@ -93,14 +93,15 @@ def suite(world, kind, env, out, binary, tests, words):
         os.umask(old)
     command = [binary, f"--bindir={world.own.bin}", f"--inputdir={tests}", f"--outputdir={home}", f"--host={env['PGHOST']}",
                f"--port={env['PGPORT']}", f"--user={env['PGUSER']}", "--max-concurrent-tests=20", *words]
-    if only := os.environ.get("PGUSHER_TESTS"):
-        command = [*(word for word in command if not str(word).startswith("--schedule")), *only.split()]
-    done = subprocess.run([str(word) for word in command], cwd=home, env=clean_environment() | env, text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONGEST)
-    (home / "printed").write_text(done.stdout)
-    results = outcomes(done.stdout)
+    if world.parts:
+        command = [*(word for word in command if not str(word).startswith("--schedule")), *world.parts]
+    with open(home / "printed", "w") as printed:
+        subprocess.run([str(word) for word in command], cwd=home, env=clean_environment() | env, stdin=subprocess.DEVNULL,
+                       stdout=printed, stderr=printed, timeout=LONGEST)
+    printed = (home / "printed").read_text()
+    results = outcomes(printed)
     if not results:
-        raise AssertionError(f"{binary.name}: {done.stdout[-3000:]}")
+        raise AssertionError(f"{binary.name}: {printed[-3000:]}")
     direct = home.parent / home.name.replace(kind, "direct")
     for test, outcome in results.items():
         ours, theirs = (place / "results" / f"{test}.out" for place in (home, direct))
