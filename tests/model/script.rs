@@ -78,18 +78,28 @@ pub(crate) struct Step {
     pub(crate) statements: usize,
     /// It may pin the client.
     pub(crate) pins: bool,
+    /// The client leaves after that, and comes back.
+    pub(crate) leaves: bool,
 }
 
 impl Step {
     /// Whoever asks for the state of sequences later asks once before it has any.
-    pub(crate) fn first_ask(client: usize) -> Self {
-        Self { client, ops: vec![Op::Query("SELECT lastval()".to_owned())], statements: 1, pins: true }
+    fn first_ask(client: usize) -> Self {
+        Self { client, ops: vec![Op::Query("SELECT lastval()".to_owned())], statements: 1, pins: true, leaves: false }
+    }
+
+    /// It leaves nothing behind that others could notice: when that is gone is not the same direct and through a pooler.
+    fn leave(client: usize) -> Self {
+        let ops = ["ROLLBACK", "DISCARD ALL"].map(|sql| Op::Query(sql.to_owned())).to_vec();
+        Self { client, ops, statements: 2, pins: false, leaves: true }
     }
 }
 
 /// What the script has to know of a client to keep the others from waiting for a server connection.
 #[derive(Clone, Default)]
 pub(crate) struct Known {
+    /// It has said something.
+    pub(crate) met: bool,
     /// It is in a transaction.
     pub(crate) in_transaction: bool,
     /// It may hold what cannot be carried.
@@ -171,10 +181,17 @@ impl Script {
     /// The next step, given what is known of the clients.
     pub(crate) fn step(&mut self, clients: &[Known]) -> Step {
         let client = self.dice.below(clients.len());
-        self.asks = clients[client].asks;
+        let known = &clients[client];
+        self.asks = known.asks;
         let held = clients.iter().filter(|known| known.holds()).count();
-        let free = clients[client].holds() || held < self.holders;
-        let mut step = Step { client, ops: Vec::new(), statements: 0, pins: false };
+        let free = known.holds() || held < self.holders;
+        if known.met && self.dice.one_in(if known.asks || known.seeded { 12 } else { 60 }) {
+            return Step::leave(client);
+        }
+        if !known.met && free && self.dice.one_in(5) {
+            return Step::first_ask(client);
+        }
+        let mut step = Step { client, ops: Vec::new(), statements: 0, pins: false, leaves: false };
         self.pins = false;
         match self.dice.below(20) {
             0..8 => self.simple(&mut step, free, 1),
