@@ -23,7 +23,7 @@ pub(crate) struct Pair {
     direct: World,
     auto: World,
     /// Superuser's connections to the two.
-    admins: [tokio_postgres::Client; 2],
+    admins: tokio::sync::OnceCell<[tokio_postgres::Client; 2]>,
 }
 
 /// Where the two were not the same.
@@ -55,9 +55,7 @@ impl Pair {
             })
             .await
         };
-        let (direct, auto) = (start().await, start().await);
-        let admins = [direct.cluster().admin("tenants").await, auto.cluster().admin("tenants").await];
-        Self { direct, auto, admins }
+        Self { direct: start().await, auto: start().await, admins: tokio::sync::OnceCell::new() }
     }
 
     /// What every case of a tenant starts with.
@@ -86,7 +84,9 @@ impl Pair {
         for client in 0..CLIENTS {
             sql.push_str(&format!("TRUNCATE own_{client}; INSERT INTO own_{client} VALUES (1, 'a'), (2, 'b');"));
         }
-        let [direct, auto] = &self.admins;
+        let admins =
+            async || [self.direct.cluster().admin("tenants").await, self.auto.cluster().admin("tenants").await];
+        let [direct, auto] = self.admins.get_or_init(admins).await;
         let (direct, auto) = tokio::join!(direct.batch_execute(&sql), auto.batch_execute(&sql));
         direct.and(auto).unwrap();
     }
