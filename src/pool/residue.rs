@@ -28,6 +28,8 @@ pub struct Residue {
     pub databases: bool,
     /// Prepared statements may be listed, which leaves nothing.
     pub lists: bool,
+    /// The `search_path` may be another until the transaction ends.
+    pub path: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -78,6 +80,7 @@ impl Residue {
         self.asks |= other.asks;
         self.advances |= other.advances;
         self.lists |= other.lists;
+        self.path |= other.path;
         self.databases |= other.databases;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {

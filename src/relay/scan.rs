@@ -22,6 +22,8 @@ pub struct Seen {
     pub frees: bool,
     /// It may list prepared statements.
     pub lists: bool,
+    /// There is a `SET LOCAL` in it.
+    pub local: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -39,6 +41,11 @@ pub fn leaves_state(sql: &[u8]) -> bool {
 /// Whether the text, however it is spelled, could change or show what the session listens to. Function bodies aside.
 pub fn may_listen(sql: &[u8]) -> bool {
     ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
+}
+
+/// Whether a text with `SET LOCAL` may change the `search_path`.
+pub fn may_set_path(sql: &[u8]) -> bool {
+    ["search_path", "schema"].iter().any(|word| contains(sql, word.as_bytes()))
 }
 
 /// Whether the text may make, drop or rename a database, which takes that nobody else is connected to it.
@@ -267,6 +274,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             let rest = &self.sql[self.at..];
             let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
+            self.seen.local |= local;
             return !(local || transaction);
         }
         self.seen.advances |= matches!(word, b"copy" | b"merge" | b"with");

@@ -8,6 +8,8 @@
 //! server's error by ours. So a transaction fails, a pipeline is skipped and an implicit transaction is rolled back
 //! just as if the server itself had refused.
 
+mod bring;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -89,6 +91,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
+        residue.path |= seen.local && scan::may_set_path(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -126,8 +129,8 @@ enum Expect {
     CloseBySql(Box<[u8]>),
     /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
     Taken(Box<Taken>),
-    /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
-    Checked(Arc<[u8]>),
+    /// A Parse of what is prepared already, for the server to say whether it may be now.
+    Checked(Box<ParseUndo>),
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
@@ -193,6 +196,8 @@ struct ParseUndo {
     name: Box<[u8]>,
     /// The statement that was noted as prepared on the server connection.
     statement: Arc<Statement>,
+    /// Its scope is what it is prepared in, as far as is known.
+    in_scope: bool,
 }
 
 /// The state of one client's conversation.
@@ -227,10 +232,14 @@ pub struct Session {
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
-    /// The client's `search_path`, if it has set one: the same text means something else under another.
+    /// The client's `search_path`, marked, if it has set one: the same text means something else under another.
     scope: Box<str>,
-    /// Something that is not answered yet may take prepared statements away.
-    takes_away: bool,
+    /// The `search_path` may be another until the transaction ends.
+    path: bool,
+    /// Something that is not answered yet may give names to prepared statements, or take them away.
+    renames: bool,
+    /// Why a statement could not be prepared for the Query or the Bind behind it.
+    unprepared: Option<Box<(u64, PgError)>>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -279,7 +288,9 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
-            takes_away: false,
+            path: false,
+            renames: false,
+            unprepared: None,
         }
     }
 
@@ -362,11 +373,10 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
-    /// Notes the client's `search_path`, if it has set one.
+    /// Notes the client's `search_path`, if it has set one. An empty one is not the same as none.
     pub fn set_scope(&mut self, search_path: Option<&str>) {
-        let search_path = search_path.unwrap_or_default();
-        if *self.scope != *search_path {
-            self.scope = search_path.into();
+        if self.scope.strip_prefix(bring::SCOPE_MARK) != search_path {
+            self.scope = search_path.map(|path| format!("{}{path}", bring::SCOPE_MARK).into()).unwrap_or_default();
         }
     }
 
@@ -417,7 +427,7 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
-        self.takes_away |= residue.frees;
+        self.path |= residue.path;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -472,8 +482,16 @@ impl Session {
             b'E' => {
                 self.queries += 1;
                 let events = self.bound.take();
+                let asks = renames(&events) && frame.len() == header.total;
+                self.renames |= asks;
                 self.push_extended(Expect::Execute(events));
-                Ok(Verdict::Forward)
+                if !asks {
+                    return Ok(Verdict::Forward);
+                }
+                // What follows waits for the answer: names mean something else then.
+                out.extend_from_slice(frame);
+                message::flush(out);
+                Ok(Verdict::Replace)
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
@@ -547,16 +565,15 @@ impl Session {
         self.queries += 1;
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
-        let shared: Vec<_> = shared.collect();
-        let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
+        let translated = translate(text, &uses, &events);
         if !self.open_group && self.status != b'E' {
             if residue.lists && self.hide_others(None, link, out) {
                 message::sync(out);
                 self.expects.push_back(Expect::InjectedSync);
             }
-            self.bring(&shared, link, out);
+            self.bring_to_query(&events, link, out);
         }
+        self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
         match translated {
@@ -574,42 +591,19 @@ impl Session {
         if interesting { names::uses(text, ward.lex()) } else { Vec::new() }
     }
 
+    /// What they mean one after the other: a name that was taken away is the server's business from there on.
     fn events(&self, uses: &[Use]) -> Events {
-        let event = |found: &Use| {
-            let shared = self.named.get(&*found.name).cloned();
-            Event { verb: found.verb, name: found.name.clone(), shared }
-        };
-        (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
-    }
-
-    /// The text with our names for the client's.
-    fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
-        names::rename(text, uses, |found| self.named.get(&*found.name).map(|statement| &*statement.name))
-    }
-
-    /// Prepares statements that the server connection does not have, ahead of a Query.
-    fn bring(&mut self, shared: &[Arc<Statement>], link: &mut Link<'_>, out: &mut BytesMut) {
-        let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
-        for statement in shared {
-            self.bring_one(statement, max, link, out);
+        let mut events = VecDeque::with_capacity(uses.len());
+        for found in uses {
+            let gone = events.iter().any(|before: &Event| match before.verb {
+                Verb::ForgetAll => true,
+                Verb::Deallocate => before.name == found.name,
+                Verb::Prepare | Verb::Execute => false,
+            });
+            let shared = if gone { None } else { self.named.get(&*found.name).cloned() };
+            events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
-        if self.expects.len() > before {
-            message::sync(out);
-            self.expects.push_back(Expect::InjectedSync);
-        }
-    }
-
-    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if !link.prepared.touch(statement.id) {
-            self.make_room(statement, max, link, out);
-            if link.prepared.put_right(statement.id) {
-                message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose(statement.id));
-            }
-            message::parse_with(out, &statement.name, &statement.body);
-            self.push_extended(Expect::Injected(statement.id));
-        }
+        (!events.is_empty()).then(|| Box::new(events))
     }
 
     /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
@@ -713,18 +707,17 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
-        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
-            // It may be gone by then, or not: it is closed, and prepared again.
-            link.prepared.squat(statement.id);
-        }
+        let in_scope = !self.path_in_doubt();
+        let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
         if link.prepared.touch(statement.id) {
-            if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
+            let accepted = statement.accepted.load(Ordering::Relaxed);
+            if !accepted || self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
                 // have a search_path of its own.
                 message::close(out, b'S', CHECK);
                 message::parse_with(out, CHECK, &statement.body);
                 self.push_extended(Expect::InjectedStep(b'3'));
-                self.push_extended(Expect::Checked(name.into()));
+                self.push_extended(Expect::Checked(parsed));
                 return Ok(Verdict::Instead);
             }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -732,13 +725,8 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
-        if link.prepared.put_right(statement.id) {
-            message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose(statement.id));
-        }
         message::parse_with(out, &statement.name, &statement.body);
-        let undo = ParseUndo { name: name.into(), statement };
-        self.push_extended(Expect::Parse(Some(Box::new(undo))));
+        self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
     }
 
@@ -763,12 +751,8 @@ impl Session {
         self.note_residue(&residue, whole);
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).any(|event| event.shared.is_some());
-        let translated = shared.then(|| {
-            let mut translated = self.translate(text, &uses);
-            translated.extend_from_slice(&body[text.len()..]);
-            translated
-        });
+        let translated =
+            translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
@@ -831,11 +815,14 @@ impl Session {
         UnnamedOwner { client: self.client, serial: self.unnamed_serial }
     }
 
-    /// Notes a statement as prepared on the server, and closes the least recently used one if there are too many.
+    /// Notes a statement as prepared on the server, closes the least recently used one if there are too many, and what has
+    /// its name there.
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if let Some(victim) = link.prepared.add(statement.clone(), max) {
-            message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose(victim.id));
+        let victim = link.prepared.add(statement.clone(), max);
+        let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
+        for closed in victim.into_iter().chain(squatter) {
+            message::close(out, b'S', &closed.name);
+            self.push_extended(Expect::InjectedClose(closed.id));
         }
     }
 
@@ -852,6 +839,9 @@ impl Session {
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
         let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
+        if let Some(error) = self.miscounted(name, values, link.prepared) {
+            return Ok(self.refuse_parse(error, out));
+        }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
         };
@@ -912,15 +902,6 @@ impl Session {
         self.bring_used(max, link, out);
     }
 
-    /// Prepares what the unnamed statement names.
-    fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
-        let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
-        for statement in shared {
-            self.bring_one(&statement, max, link, out);
-        }
-    }
-
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
@@ -945,7 +926,7 @@ impl Session {
         let (name, statement) = (name.clone(), statement.clone());
         let (statement, events) =
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
-        self.bring_one(&statement, max, link, out);
+        self.bring_apart(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
     }
 
@@ -957,17 +938,11 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> (Arc<Statement>, Events) {
-        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = statement.text();
         let uses = names::uses(text, link.ward.lex());
         let events = self.events(&uses);
-        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
-        if used.is_empty() {
-            return (statement, events);
-        }
-        for used in &used {
-            self.bring_one(used, max, link, out);
-        }
-        let mut body = self.translate(text, &uses);
+        let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
+        self.bring_all(&events, max, link, out);
         body.extend_from_slice(&statement.body[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
@@ -1061,13 +1036,19 @@ impl Session {
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
                 let mut shared = events.iter().filter_map(|e| Some((e.shared.as_ref()?.id, &e.name)));
                 let text = String::from_utf8_lossy(frame);
-                let found = shared.find(|(id, _)| text.contains(&format!("\"pgusher_{id}\"")));
+                let unprepared = self.unprepared.as_ref().map(|unprepared| unprepared.0);
+                let found =
+                    shared.find(|(id, _)| unprepared == Some(*id) || text.contains(&format!("\"pgusher_{id}\"")));
                 let Some((id, name)) = found else { return false };
                 (format!("\"pgusher_{id}\""), String::from_utf8_lossy(name).into_owned())
             }
             _ => return false,
         };
         let mut error = server_error(&frame[HEADER..]);
+        if let Some(reason) = self.reason_for(&error, &ours) {
+            message::error_response(out, reason);
+            return true;
+        }
         if !error.message.contains(&ours) {
             return false;
         }
@@ -1156,13 +1137,11 @@ impl Session {
                 Ok(Verdict::Swallow)
             }
             b'1' => match self.take() {
-                Some(Expect::Parse(parsed)) => {
-                    if let Some(parsed) = parsed {
-                        parsed.statement.accepted.store(true, Ordering::Relaxed);
-                    }
+                Some(Expect::Parse(None)) => Ok(Verdict::Forward),
+                Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                    parsed.statement.accepted.fetch_or(parsed.in_scope, Ordering::Relaxed);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Checked(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1204,11 +1183,17 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.takes_away &= self.expects.len() > 1;
+        if self.expects.len() <= 1 {
+            self.renames = false;
+            self.path &= status != b'I';
+        }
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
-            Some(expect) if ends_by_itself(&expect) => Ok(Verdict::Forward),
+            Some(expect) if ends_by_itself(&expect) => {
+                self.unprepared = None;
+                Ok(Verdict::Forward)
+            }
             _ => Err(Desync(b'Z')),
         }
     }
@@ -1247,18 +1232,11 @@ impl Session {
         Verdict::Forward
     }
 
-    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    /// Nothing is prepared any more.
     fn forget_all(&mut self, prepared: &mut Prepared) {
-        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
-        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
-        self.named = kept;
+        self.named.clear();
         self.by_sql.clear();
         prepared.clear();
-        for expect in &self.expects {
-            if let Expect::Parse(Some(undo)) = expect {
-                prepared.add(undo.statement.clone(), usize::MAX);
-            }
-        }
     }
 
     /// A statement about a name has been carried out.
@@ -1267,10 +1245,11 @@ impl Session {
             (Verb::Prepare, _) => drop(self.by_sql.insert(event.name)),
             (Verb::Deallocate, Some(statement)) => {
                 prepared.remove(statement.id);
+                prepared.put_right(statement.id);
                 self.named.remove(&event.name[..]);
             }
             (Verb::Deallocate, None) => drop(self.by_sql.remove(&event.name)),
-            (Verb::Execute, _) => {}
+            (Verb::Execute | Verb::ForgetAll, _) => {}
         }
     }
 
@@ -1295,7 +1274,11 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
+            Some(Expect::Injected(id)) if self.is_in_group_of_ours() => {
+                self.unprepared = Some(Box::new((*id, server_error(&frame[HEADER..]))));
+                Verdict::Swallow
+            }
+            Some(Expect::InjectedStep(_)) if self.is_in_group_of_ours() => Verdict::Swallow,
             _ if self.rename_in_error(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
@@ -1323,10 +1306,12 @@ impl Session {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
+        if self.renames && self.expects.iter().any(is_renaming) {
+            return true;
+        }
         let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
-            Expect::Query(events) | Expect::Execute(events) => events.is_some(),
             Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
@@ -1334,9 +1319,9 @@ impl Session {
         self.expects.iter().take(last + 1).any(in_doubt)
     }
 
-    /// Whether the Parse of ours that is answered now is for a Query.
-    fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
+    /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
+    fn is_in_group_of_ours(&self) -> bool {
+        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_));
         matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
     }
 
@@ -1353,7 +1338,7 @@ impl Session {
             }
             Expect::Injected(id) => prepared.remove(id),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
-            Expect::Checked(name) => drop(self.named.remove(&name)),
+            Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
                 self.named.remove(&name[..]);
             }
@@ -1386,19 +1371,27 @@ fn ends_by_itself(expect: &Expect) -> bool {
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
 }
 
-/// The name of the client's that a message gives a meaning to.
-fn prepares(expect: &Expect) -> Option<&[u8]> {
-    match expect {
-        Expect::Parse(Some(undo)) => Some(&undo.name),
-        Expect::OurParse(name) => Some(name),
-        Expect::Checked(name) => Some(name),
-        _ => None,
-    }
+/// Whether names of prepared statements mean something else when this is done.
+fn renames(events: &Events) -> bool {
+    events.iter().flat_map(|events| events.iter()).any(|event| event.verb != Verb::Execute)
+}
+
+fn is_renaming(expect: &Expect) -> bool {
+    matches!(expect, Expect::Query(events) | Expect::Execute(events) if renames(events))
+}
+
+/// The text with our names for the client's, if it has any.
+fn translate(text: &[u8], uses: &[Use], events: &Events) -> Option<Vec<u8>> {
+    let events = events.as_ref()?;
+    events.iter().any(|event| event.shared.is_some()).then(|| {
+        let ours = events.iter().map(|event| event.shared.as_ref().map(|statement| &*statement.name));
+        names::rename(text, uses, ours)
+    })
 }
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.
 fn is_about_names(tag: &[u8]) -> bool {
-    matches!(tag, b"PREPARE" | b"DEALLOCATE")
+    matches!(tag, b"PREPARE" | b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL")
 }
 
 enum Resolved {

@@ -226,18 +226,12 @@ impl Couple {
     }
 }
 
-/// Whether the only difference is this: a statement has to be prepared again on another server connection, where it cannot
-/// be (the transaction has failed, or there is no such table under this search_path), and the server says so; where it was
-/// there, the server found fault with the number of parameters first, or described it.
+/// Whether the only difference is this: a statement that returns nothing is described in a transaction that has failed, on a
+/// server connection that has not prepared it and now cannot.
 fn another_error_first(direct: &[String], auto: &[String]) -> bool {
     let Some(at) = auto.iter().zip(direct).position(|(a, d)| a != d) else { return false };
-    let cannot = ["E(ERROR 25P02", "E(ERROR 42P01", "E(ERROR 3F000"].iter().any(|start| auto[at].starts_with(start));
-    let said = match &direct[at..] {
-        [error, ..] if error.starts_with("E(ERROR 08P01 bind message supplies") => 1,
-        [types, nothing, ..] if types.starts_with("t(") && nothing == "n" => 2,
-        _ => return false,
-    };
-    cannot && direct[at + said..] == auto[at + 1..]
+    let described = matches!(&direct[at..], [types, nothing, ..] if types.starts_with("t(") && nothing == "n");
+    described && auto[at].starts_with("E(ERROR 25P02") && direct[at + 2..] == auto[at + 1..]
 }
 
 /// Says it, and hears the answers in a comparable form.

@@ -1,0 +1,174 @@
+//! Statements that a client has prepared, and that its present server connection has not.
+//!
+//! They are prepared again when they are used, and as they were: under the `search_path` of then, so that what the server
+//! says of them is what it says where they never went away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::BytesMut;
+
+use super::{Event, Events, Expect, Link, Session, Statements};
+use crate::error::{PgError, sqlstate};
+use crate::pool::statements::{Prepared, Statement};
+use crate::relay::lex::{self, Lex, Token};
+use crate::relay::names::Verb;
+use crate::tenant::sql::Literal;
+use crate::wire::message;
+
+/// In front of a `search_path` that a client has set.
+pub(super) const SCOPE_MARK: char = '=';
+
+/// The name of what goes to another `search_path` and comes back.
+const PATH: &[u8] = b"pgusher_path";
+
+impl Session {
+    /// Whether the `search_path` may be another than is known, in this transaction.
+    pub(super) fn path_in_doubt(&self) -> bool {
+        self.path || self.residue.resets || self.may_reset("search_path")
+    }
+
+    /// Prepares what a Query needs, in a group of messages of ours.
+    pub(super) fn bring_to_query(&mut self, events: &Events, link: &mut Link<'_>, out: &mut BytesMut) {
+        let Statements::Shared(max) = self.statements else { return };
+        let before = self.expects.len();
+        self.bring_all(events, max, link, out);
+        if self.expects.len() > before {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
+        }
+    }
+
+    /// Prepares what the unnamed statement names. A transaction that has failed takes neither.
+    pub(super) fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
+        if self.status != b'E' {
+            self.bring_all(&Some(events.clone()), max, link, out);
+        }
+    }
+
+    /// Prepares what these name. Where a name only has to be there, anything will do.
+    pub(super) fn bring_all(&mut self, events: &Events, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        let shared = |event: &Event| Some((event.verb, event.shared.clone()?));
+        let mut used: Vec<_> = events.iter().flat_map(|events| events.iter()).filter_map(shared).collect();
+        used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
+        for (verb, statement) in used {
+            if verb == Verb::Execute {
+                self.bring_one(&statement, max, link, out);
+            } else if !link.prepared.touch(statement.id) && !link.prepared.is_squatted(statement.id) {
+                message::parse(out, &statement.name, b"", &[0, 0]);
+                link.prepared.squat(statement.id);
+                self.push_extended(Expect::InjectedStep(b'1'));
+            }
+        }
+    }
+
+    /// Prepares a statement for a message of the extended protocol, in a group of its own where that is needed and possible.
+    pub(super) fn bring_apart(
+        &mut self,
+        statement: &Arc<Statement>,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) {
+        let apart = !self.open_group && self.is_elsewhere(statement) && !link.prepared.touch(statement.id);
+        self.bring_one(statement, max, link, out);
+        if apart {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
+            self.open_group = false;
+        }
+    }
+
+    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        if link.prepared.touch(statement.id) {
+            return;
+        }
+        self.make_room(statement, max, link, out);
+        let elsewhere = self.is_elsewhere(statement);
+        if elsewhere {
+            let there = match statement.scope().strip_prefix(SCOPE_MARK) {
+                Some(path) => Literal(path).to_string(),
+                None => STARTUP_PATH.to_owned(),
+            };
+            self.step(
+                &format!(
+                    "SELECT WHERE {} IS NULL OR {} IS NULL",
+                    set("pgusher.path", HERE),
+                    set("search_path", &there)
+                ),
+                out,
+            );
+        }
+        message::parse_with(out, &statement.name, &statement.body);
+        self.push_extended(Expect::Injected(statement.id));
+        if elsewhere {
+            self.step(&format!("SELECT WHERE {} IS NULL", set("search_path", BACK)), out);
+        }
+    }
+
+    /// Whether the statement was prepared under another `search_path` than the present one, as far as is known. In a
+    /// transaction that has failed nothing can be done about that.
+    fn is_elsewhere(&self, statement: &Statement) -> bool {
+        let known = statement.has_scope() && statement.accepted.load(Ordering::Relaxed);
+        known && self.status != b'E' && (statement.scope() != &*self.scope || self.path_in_doubt())
+    }
+
+    /// Runs a statement of ours that returns no row, within the client's group of messages.
+    pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
+        message::parse(out, PATH, text.as_bytes(), &[0, 0]);
+        message::bind(out, PATH, PATH);
+        message::execute(out, PATH);
+        message::close(out, b'P', PATH);
+        message::close(out, b'S', PATH);
+        for answer in *b"12C33" {
+            self.push_extended(Expect::InjectedStep(answer));
+        }
+    }
+
+    /// What a server says first of a Bind with too few or too many values, for a statement that is not there.
+    pub(super) fn miscounted(&self, name: &[u8], values: &[u8], prepared: &mut Prepared) -> Option<PgError> {
+        let statement = self.named.get(name)?;
+        if !statement.names && prepared.touch(statement.id) {
+            return None;
+        }
+        let number = |at: usize| Some(usize::from(u16::from_be_bytes(values.get(at..at + 2)?.try_into().ok()?)));
+        let formats = number(0)?;
+        let given = number(2 + 2 * formats)?;
+        let wanted = parameters(statement);
+        let wrong = given != wanted && (formats <= 1 || formats == given);
+        wrong.then(|| {
+            let shown = String::from_utf8_lossy(name);
+            let text = format!(
+                "bind message supplies {given} parameters, but prepared statement \"{shown}\" requires {wanted}"
+            );
+            PgError::error(sqlstate::PROTOCOL_VIOLATION, text)
+        })
+    }
+
+    /// Why the statement is not there whose absence, by our name for it, the server has found.
+    pub(super) fn reason_for(&self, error: &PgError, ours: &str) -> Option<&PgError> {
+        let (id, reason) = &**self.unprepared.as_ref()?;
+        let absent = error.code == sqlstate::UNKNOWN_STATEMENT || error.code == sqlstate::IN_FAILED_TRANSACTION;
+        (absent && ours == format!("\"pgusher_{id}\"")).then_some(reason)
+    }
+}
+
+/// Where the path is kept while it is another one.
+const HERE: &str = "pg_catalog.current_setting('search_path')";
+const BACK: &str = "pg_catalog.current_setting('pgusher.path')";
+const STARTUP_PATH: &str =
+    "(SELECT reset_val FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'search_path')";
+
+fn set(name: &str, value: &str) -> String {
+    format!("pg_catalog.set_config({}, {value}, true)", Literal(name))
+}
+
+/// How many parameters a statement has: as many types as were given, and as the highest number in the text says.
+fn parameters(statement: &Statement) -> usize {
+    let text = statement.text();
+    let given = statement.body.get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
+    let number = |token: &Token| if let Token::Parameter(number) = token { *number } else { 0 };
+    let highest = lex::tokens(text, Lex::default()).iter().map(number).max().unwrap_or(0);
+    usize::from(given.max(highest))
+}
