@@ -566,8 +566,8 @@ impl Session {
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
         let translated = translate(text, &uses, &events);
-        if !self.open_group && self.status != b'E' {
-            if residue.lists && self.hide_others(None, link, out) {
+        if !self.open_group {
+            if residue.lists && self.status != b'E' && self.hide_others(None, link, out) {
                 message::sync(out);
                 self.expects.push_back(Expect::InjectedSync);
             }

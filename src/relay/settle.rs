@@ -106,11 +106,13 @@ const HELD_LOCKS_SHIM: &str = "tenant_shim.pgusher_held_locks() OPERATOR(pg_cata
 
 /// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list),
 /// and the settings made in it.
+/// Most sessions have no temporary schema, and the catalogs have no index that would find what is in one: it is asked first.
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
 const PROBE: &str = "SELECT \
-    EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
+    pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0 AND ( \
+      EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
       OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-      OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
+      OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema())), \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \

@@ -51,7 +51,7 @@ impl Pair {
             World::with_clusters(vec![Arc::new(Cluster::start())], |config| {
                 config.pool.pool_mode = PoolMode::Auto;
                 config.pool.default_pool_size = CONNECTIONS;
-                config.pool.query_wait_timeout = std::time::Duration::from_secs(1);
+                config.pool.query_wait_timeout = std::time::Duration::from_secs(10);
             })
             .await
         };
@@ -106,7 +106,8 @@ impl Pair {
 
     /// Runs the case of a seed.
     pub(crate) async fn case(&self, tenant: &str, seed: u64) -> Result<usize, Failure> {
-        let mut script = Script { dice: Dice::new(seed), holders: CONNECTIONS - 1, asks: false, pins: false };
+        let mut script =
+            Script { dice: Dice::new(seed), holders: CONNECTIONS - 1, asks: false, failed: false, pins: false };
         let odd = script.dice.below(CLIENTS * 2);
         let mut room = Room::open(self, tenant, odd).await;
         let (mut steps, mut statements) = (Vec::new(), 0);
@@ -214,6 +215,7 @@ impl Couple {
             return Err(Difference { at, direct: params(&self.direct), auto: params(&self.auto) });
         }
         known.met = true;
+        known.failed = direct.last().is_some_and(|last| last == "Z(E)");
         known.in_transaction = direct.last().is_some_and(|last| last != "Z(I)");
         let text = format!("{:?}", step.ops).to_lowercase();
         known.asks |= text.contains("lastval");

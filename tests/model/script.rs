@@ -52,9 +52,10 @@ pub(crate) enum Op {
 
 impl fmt::Debug for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let short = |sql: &str| sql.replace(DIGEST, "DIGEST").replace(HELD, "HELD");
         match self {
-            Self::Query(sql) => write!(f, "Q[{sql}]"),
-            Self::Parse(name, sql) => write!(f, "P({name})[{sql}]"),
+            Self::Query(sql) => write!(f, "Q[{}]", short(sql)),
+            Self::Parse(name, sql) => write!(f, "P({name})[{}]", short(sql)),
             Self::Bind(name, values) => write!(f, "B({name}){values:?}"),
             Self::DescribeStatement(name) => write!(f, "DS({name})"),
             Self::DescribePortal => write!(f, "DP"),
@@ -102,6 +103,8 @@ pub(crate) struct Known {
     pub(crate) met: bool,
     /// It is in a transaction.
     pub(crate) in_transaction: bool,
+    /// It is in a transaction that has failed.
+    pub(crate) failed: bool,
     /// It may hold what cannot be carried.
     pub(crate) may_be_pinned: bool,
     /// It has asked for the state of sequences before. The first time is another story: see the README.
@@ -173,6 +176,8 @@ pub(crate) struct Script {
     pub(crate) holders: usize,
     /// The client at hand may ask for the state of sequences.
     pub(crate) asks: bool,
+    /// It is in a transaction that has failed.
+    pub(crate) failed: bool,
     /// The step at hand may pin.
     pub(crate) pins: bool,
 }
@@ -182,7 +187,7 @@ impl Script {
     pub(crate) fn step(&mut self, clients: &[Known]) -> Step {
         let client = self.dice.below(clients.len());
         let known = &clients[client];
-        self.asks = known.asks;
+        (self.asks, self.failed) = (known.asks, known.failed);
         let held = clients.iter().filter(|known| known.holds()).count();
         let free = known.holds() || held < self.holders;
         if known.met && self.dice.one_in(if known.asks || known.seeded { 12 } else { 60 }) {
@@ -212,7 +217,12 @@ impl Script {
     }
 
     fn simple(&mut self, step: &mut Step, free: bool, statements: usize) {
-        let texts: Vec<String> = (0..statements).map(|_| self.statement(step.client, free)).collect();
+        let mut texts: Vec<String> = (0..statements).map(|_| self.statement(step.client, free)).collect();
+        if self.failed {
+            // Behind its end, in the same message, a server runs what it had prepared before.
+            let mut behind = false;
+            texts.retain(|text| !(std::mem::replace(&mut behind, true) && text.starts_with("EXECUTE")));
+        }
         let separator = self.dice.pick(&["; ", ";", " ;\n-- and\n"]);
         let mut text = texts.join(separator);
         if self.dice.one_in(4) {

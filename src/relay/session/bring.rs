@@ -39,11 +39,10 @@ impl Session {
         }
     }
 
-    /// Prepares what the unnamed statement names. A transaction that has failed takes neither.
+    /// Prepares what the unnamed statement names.
     pub(super) fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
-        if self.status != b'E' {
-            self.bring_all(&Some(events.clone()), max, link, out);
+        if let Some(events @ Some(_)) = self.unnamed.as_ref().map(|unnamed| unnamed.events.clone()) {
+            self.bring_all(&events, max, link, out);
         }
     }
 
@@ -54,6 +53,10 @@ impl Session {
         used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
         for (verb, statement) in used {
             if verb == Verb::Execute {
+                // A transaction that has failed takes no statement, but an empty one.
+                if self.status == b'E' {
+                    continue;
+                }
                 self.bring_one(&statement, max, link, out);
             } else if !link.prepared.touch(statement.id) && !link.prepared.is_squatted(statement.id) {
                 message::parse(out, &statement.name, b"", &[0, 0]);
