@@ -28,8 +28,8 @@ pub struct Residue {
     pub databases: bool,
     /// Prepared statements may be listed, which leaves nothing.
     pub lists: bool,
-    /// The `search_path` may be another until the transaction ends.
-    pub path: bool,
+    /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
+    pub rescopes: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -80,7 +80,7 @@ impl Residue {
         self.asks |= other.asks;
         self.advances |= other.advances;
         self.lists |= other.lists;
-        self.path |= other.path;
+        self.rescopes |= other.rescopes;
         self.databases |= other.databases;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {

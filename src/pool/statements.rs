@@ -47,7 +47,7 @@ impl Statement {
         self.body.split(|&b| b == 0).next().unwrap_or_default()
     }
 
-    /// Whether what it means depends on where names are looked for.
+    /// Whether what it means depends on the scope.
     pub fn has_scope(&self) -> bool {
         has_scope(&self.body)
     }
@@ -88,7 +88,7 @@ fn key<'a>(scope: &str, body: &'a [u8]) -> Cow<'a, [u8]> {
     if shared { Cow::Borrowed(body) } else { Cow::Owned([body, scope.as_bytes()].concat()) }
 }
 
-/// First words of statements in which no name is looked up when they are prepared.
+/// First words of statements in which neither a name nor a value is looked at when they are prepared.
 const WITHOUT_NAMES: &[&str] = &[
     "abort",
     "begin",
@@ -115,9 +115,11 @@ const WITHOUT_NAMES: &[&str] = &[
 ];
 
 fn has_scope(body: &[u8]) -> bool {
-    let text = body.trim_ascii_start();
+    let text = body.split(|&b| b == 0).next().unwrap_or_default().trim_ascii_start();
     let end = text.iter().position(|b| !b.is_ascii_alphabetic()).unwrap_or(text.len());
-    !WITHOUT_NAMES.iter().any(|word| text[..end].eq_ignore_ascii_case(word.as_bytes()))
+    // A backslash means something or nothing, a byte is a letter or half of one.
+    let plain = text.is_ascii() && !text.contains(&b'\\');
+    !plain || !WITHOUT_NAMES.iter().any(|word| text[..end].eq_ignore_ascii_case(word.as_bytes()))
 }
 
 fn names_others(body: &[u8]) -> bool {
@@ -148,8 +150,8 @@ impl Registry {
         self.known.lock().clear();
     }
 
-    /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new. The scope is the
-    /// `search_path` with a mark in front, or empty if that is what the session began with.
+    /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new. The scope says
+    /// what else its meaning depends on: see [`crate::relay::scope`].
     pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let key = key(scope, body);
         let mut known = self.known.lock();
@@ -303,6 +305,7 @@ mod tests {
         let commit = registry.intern("", b" commit\0\0\0", Residue::none);
         assert!(Arc::ptr_eq(&commit, &registry.intern("=x", b" commit\0\0\0", Residue::none)));
         assert!(select.has_scope() && !commit.has_scope());
+        assert!(registry.intern("", b"SET a = '\\'\0\0\0", Residue::none).has_scope());
     }
 
     #[test]

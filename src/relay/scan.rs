@@ -43,11 +43,6 @@ pub fn may_listen(sql: &[u8]) -> bool {
     ["listen", "discard"].iter().any(|word| contains(sql, word.as_bytes()))
 }
 
-/// Whether a text with `SET LOCAL` may change the `search_path`.
-pub fn may_set_path(sql: &[u8]) -> bool {
-    ["search_path", "schema"].iter().any(|word| contains(sql, word.as_bytes()))
-}
-
 /// Whether the text may make, drop or rename a database, which takes that nobody else is connected to it.
 pub fn may_need_database_alone(sql: &[u8]) -> bool {
     contains(sql, b"database")

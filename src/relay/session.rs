@@ -18,7 +18,7 @@ use bytes::{BufMut as _, BytesMut};
 
 use super::lex::Lex;
 use super::names::{self, Use, Verb};
-use super::{scan, track};
+use super::{scan, scope, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
@@ -91,7 +91,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
-        residue.path |= seen.local && scan::may_set_path(text);
+        residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -232,10 +232,12 @@ pub struct Session {
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
-    /// The client's `search_path`, marked, if it has set one: the same text means something else under another.
+    /// What the same text means something else in another of; see [`scope`].
     scope: Box<str>,
-    /// The `search_path` may be another until the transaction ends.
-    path: bool,
+    /// It may be another until the transaction ends.
+    rescopes: bool,
+    /// A Query has let the server forget the state of sequences.
+    forgot_sequences: bool,
     /// Something that is not answered yet may give names to prepared statements, or take them away.
     renames: bool,
     /// Why a statement could not be prepared for the Query or the Bind behind it.
@@ -288,7 +290,8 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
-            path: false,
+            rescopes: false,
+            forgot_sequences: false,
             renames: false,
             unprepared: None,
         }
@@ -373,11 +376,9 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
-    /// Notes the client's `search_path`, if it has set one. An empty one is not the same as none.
-    pub fn set_scope(&mut self, search_path: Option<&str>) {
-        if self.scope.strip_prefix(bring::SCOPE_MARK) != search_path {
-            self.scope = search_path.map(|path| format!("{}{path}", bring::SCOPE_MARK).into()).unwrap_or_default();
-        }
+    /// Notes what the client's settings have come to; see [`scope::of`].
+    pub fn set_scope(&mut self, scope: String) {
+        self.scope = scope.into();
     }
 
     /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
@@ -427,7 +428,7 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
-        self.path |= residue.path;
+        self.rescopes |= residue.rescopes;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -707,7 +708,7 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
-        let in_scope = !self.path_in_doubt();
+        let in_scope = !self.scope_in_doubt();
         let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
         if link.prepared.touch(statement.id) {
             let accepted = statement.accepted.load(Ordering::Relaxed);
@@ -1117,7 +1118,8 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, Desync> {
         match header.tag {
-            b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
+            b'N' => Ok(self.notice()),
+            b'D' | b'd' | b'T' | b't' | b'n' | b'A' | b'S' | b'H' | b'c' | b'V' => {
                 if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
                     self.take();
                 }
@@ -1173,6 +1175,18 @@ impl Session {
         }
     }
 
+    /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
+    fn notice(&mut self) -> Verdict {
+        match self.expects.front_mut() {
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedStep(_)) => Verdict::Swallow,
+            Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                parsed.in_scope = false;
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        }
+    }
+
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
         match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
@@ -1185,7 +1199,8 @@ impl Session {
         self.status = status;
         if self.expects.len() <= 1 {
             self.renames = false;
-            self.path &= status != b'I';
+            self.rescopes &= status != b'I';
+            self.forgot_sequences = false;
         }
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
@@ -1224,12 +1239,23 @@ impl Session {
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
         if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
+            self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
+        } else {
+            self.may_advance(prepared);
         }
         if matches!(self.expects.front(), Some(Expect::Execute(_))) {
             self.take();
         }
         Verdict::Forward
+    }
+
+    /// What comes behind a DISCARD in the same Query counts again.
+    #[inline]
+    fn may_advance(&mut self, prepared: &mut Prepared) {
+        if std::mem::take(&mut self.forgot_sequences) {
+            prepared.sequences_of = Some(self.client);
+        }
     }
 
     /// Nothing is prepared any more.
@@ -1259,6 +1285,7 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
+        self.may_advance(prepared);
         if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
@@ -1274,11 +1301,12 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(id)) if self.is_in_group_of_ours() => {
-                self.unprepared = Some(Box::new((*id, server_error(&frame[HEADER..]))));
+            Some(Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_))
+                if self.is_in_group_of_ours() =>
+            {
+                self.note_unprepared(server_error(&frame[HEADER..]));
                 Verdict::Swallow
             }
-            Some(Expect::InjectedStep(_)) if self.is_in_group_of_ours() => Verdict::Swallow,
             _ if self.rename_in_error(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };

@@ -67,7 +67,6 @@ fn set(tokens: &[Token]) -> Option<Residue> {
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
     match words.as_slice() {
         ["transaction" | "constraints", ..] => Some(Residue::none()),
-        ["local", "search_path" | "schema", ..] => Some(Residue { path: true, ..Residue::none() }),
         ["local", ..] => Some(Residue::none()),
         ["session", "characteristics", ..] => {
             named(&["default_transaction_isolation", "default_transaction_read_only", "default_transaction_deferrable"])

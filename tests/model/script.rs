@@ -190,7 +190,7 @@ impl Script {
         (self.asks, self.failed) = (known.asks, known.failed);
         let held = clients.iter().filter(|known| known.holds()).count();
         let free = known.holds() || held < self.holders;
-        if known.met && self.dice.one_in(if known.asks || known.seeded { 12 } else { 60 }) {
+        if known.met && self.dice.one_in(if known.asks || known.seeded { 15 } else { 90 }) {
             return Step::leave(client);
         }
         if !known.met && free && self.dice.one_in(5) {
@@ -430,7 +430,8 @@ impl Script {
         match self.dice.below(6) {
             0 if !name.contains('.') => format!("SHOW {name}"),
             1 if !name.contains('.') => format!("SELECT current_setting('{name}')"),
-            2 => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '1 day 2 hours'::interval, 1.1::float8, '\\x41'::bytea"
+            2 => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '02/03/2026 4:05'::timestamptz, '1 day -2 hours'::interval, \
+                '-1 2:03:04'::interval, 1.1::float8, '\\x41'::bytea, '{NULL}'::text[], length('\u{e4}')"
                 .to_owned(),
             3 => HELD.to_owned(),
             _ => DIGEST.to_owned(),

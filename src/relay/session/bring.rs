@@ -1,7 +1,7 @@
 //! Statements that a client has prepared, and that its present server connection has not.
 //!
-//! They are prepared again when they are used, and as they were: under the `search_path` of then, so that what the server
-//! says of them is what it says where they never went away.
+//! They are prepared again when they are used, and as they were: in the scope of then (`search_path` and the like), so that
+//! what the server says of them is what it says where they never went away.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,19 +13,17 @@ use crate::error::{PgError, sqlstate};
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
+use crate::relay::scope;
 use crate::tenant::sql::Literal;
 use crate::wire::message;
 
-/// In front of a `search_path` that a client has set.
-pub(super) const SCOPE_MARK: char = '=';
-
-/// The name of what goes to another `search_path` and comes back.
-const PATH: &[u8] = b"pgusher_path";
+/// The name of what goes to another scope and comes back.
+const SCOPE: &[u8] = b"pgusher_scope";
 
 impl Session {
-    /// Whether the `search_path` may be another than is known, in this transaction.
-    pub(super) fn path_in_doubt(&self) -> bool {
-        self.path || self.residue.resets || self.may_reset("search_path")
+    /// Whether the scope may be another than is known, in this transaction.
+    pub(super) fn scope_in_doubt(&self) -> bool {
+        self.rescopes || self.residue.resets || self.residue.settings.iter().any(|name| scope::has(name))
     }
 
     /// Prepares what a Query needs, in a group of messages of ours.
@@ -89,41 +87,49 @@ impl Session {
         }
         self.make_room(statement, max, link, out);
         let elsewhere = self.is_elsewhere(statement);
+        let moved = if elsewhere { self.moves(statement.scope()) } else { Vec::new() };
         if elsewhere {
-            let there = match statement.scope().strip_prefix(SCOPE_MARK) {
-                Some(path) => Literal(path).to_string(),
-                None => STARTUP_PATH.to_owned(),
-            };
-            self.step(
-                &format!(
-                    "SELECT WHERE {} IS NULL OR {} IS NULL",
-                    set("pgusher.path", HERE),
-                    set("search_path", &there)
-                ),
-                out,
-            );
+            let there = moved.iter().flat_map(|(name, there)| {
+                let here = format!("pg_catalog.current_setting({})", Literal(name));
+                [set(&kept(name), &here), set(name, there)]
+            });
+            self.step(&select(there), out);
         }
         message::parse_with(out, &statement.name, &statement.body);
         self.push_extended(Expect::Injected(statement.id));
         if elsewhere {
-            self.step(&format!("SELECT WHERE {} IS NULL", set("search_path", BACK)), out);
+            let back = moved
+                .iter()
+                .map(|(name, _)| set(name, &format!("pg_catalog.current_setting({})", Literal(&kept(name)))));
+            self.step(&select(back), out);
         }
     }
 
-    /// Whether the statement was prepared under another `search_path` than the present one, as far as is known. In a
-    /// transaction that has failed nothing can be done about that.
+    /// The settings that have to be others for what was prepared in this scope, and their values as SQL.
+    fn moves(&self, scope: &str) -> Vec<(&'static str, String)> {
+        let doubt = self.scope_in_doubt();
+        let differs = |name: &&str| doubt || scope::value(scope, name) != scope::value(&self.scope, name);
+        let there = |name: &'static str| match scope::value(scope, name) {
+            Some(value) => (name, Literal(value).to_string()),
+            None => (name, began_with(name)),
+        };
+        scope::names().filter(differs).map(there).collect()
+    }
+
+    /// Whether the statement was prepared in another scope than the present one, as far as is known. In a transaction that
+    /// has failed nothing can be done about that.
     fn is_elsewhere(&self, statement: &Statement) -> bool {
         let known = statement.has_scope() && statement.accepted.load(Ordering::Relaxed);
-        known && self.status != b'E' && (statement.scope() != &*self.scope || self.path_in_doubt())
+        known && self.status != b'E' && (statement.scope() != &*self.scope || self.scope_in_doubt())
     }
 
     /// Runs a statement of ours that returns no row, within the client's group of messages.
     pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
-        message::parse(out, PATH, text.as_bytes(), &[0, 0]);
-        message::bind(out, PATH, PATH);
-        message::execute(out, PATH);
-        message::close(out, b'P', PATH);
-        message::close(out, b'S', PATH);
+        message::parse(out, SCOPE, text.as_bytes(), &[0, 0]);
+        message::bind(out, SCOPE, SCOPE);
+        message::execute(out, SCOPE);
+        message::close(out, b'P', SCOPE);
+        message::close(out, b'S', SCOPE);
         for answer in *b"12C33" {
             self.push_extended(Expect::InjectedStep(answer));
         }
@@ -149,6 +155,12 @@ impl Session {
         })
     }
 
+    /// Notes why what a group of messages of ours was for could not be prepared.
+    pub(super) fn note_unprepared(&mut self, error: PgError) {
+        let id = self.expects.iter().find_map(|e| if let Expect::Injected(id) = e { Some(*id) } else { None });
+        self.unprepared = id.map(|id| Box::new((id, error)));
+    }
+
     /// Why the statement is not there whose absence, by our name for it, the server has found.
     pub(super) fn reason_for(&self, error: &PgError, ours: &str) -> Option<&PgError> {
         let (id, reason) = &**self.unprepared.as_ref()?;
@@ -157,14 +169,23 @@ impl Session {
     }
 }
 
-/// Where the path is kept while it is another one.
-const HERE: &str = "pg_catalog.current_setting('search_path')";
-const BACK: &str = "pg_catalog.current_setting('pgusher.path')";
-const STARTUP_PATH: &str =
-    "(SELECT reset_val FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'search_path')";
+/// Where a setting is kept while it is another one.
+fn kept(name: &str) -> String {
+    format!("pgusher.{name}")
+}
+
+fn began_with(name: &str) -> String {
+    let name = Literal(name);
+    format!("(SELECT reset_val FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) {name})")
+}
 
 fn set(name: &str, value: &str) -> String {
     format!("pg_catalog.set_config({}, {value}, true)", Literal(name))
+}
+
+/// A statement that calls these and returns no row: none of them is null.
+fn select(calls: impl Iterator<Item = String>) -> String {
+    format!("SELECT WHERE {} IS NULL", calls.collect::<Vec<_>>().join(" IS NULL OR "))
 }
 
 /// How many parameters a statement has: as many types as were given, and as the highest number in the text says.

@@ -307,6 +307,21 @@ fn what_follows_in_a_pipeline_waits_until_names_mean_what_they_then_mean() {
 }
 
 #[test]
+fn what_is_said_of_a_text_is_said_each_time_the_client_prepares_it() {
+    let mut both = Both::new(PoolMode::Auto);
+    let notice = (b'N', &b"SWARNING\0C22P06\0Mno\0\0"[..]);
+    both.client(b'P', b"a\0SELECT '\\'\0\0\0");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[notice, (b'1', b""), READY]), "N1Z");
+    assert_eq!(both.client(b'P', b"b\0SELECT '\\'\0\0\0").0, "CP", "not answered by ourselves");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), READY]), "N1Z");
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
+    assert_eq!(both.servers(&[notice, (b'1', b""), (b'2', b"")]), "2");
+}
+
+#[test]
 fn a_name_that_only_has_to_be_there_is_given_to_anything() {
     let mut both = Both::new(PoolMode::Auto);
     both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
@@ -324,7 +339,7 @@ fn a_name_that_only_has_to_be_there_is_given_to_anything() {
 #[test]
 fn a_statement_is_parsed_again_where_it_was_parsed() {
     let mut both = Both::new(PoolMode::Auto);
-    both.session.set_scope(Some(""));
+    both.session.set_scope("search_path\0\0".to_owned());
     both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
     both.client(b'P', b"b\0COMMIT\0\0\0");
     both.client(b'S', b"");
@@ -334,7 +349,7 @@ fn a_statement_is_parsed_again_where_it_was_parsed() {
     both.client(b'S', b"");
     both.servers(&[(b'1', b""), (b'2', b""), READY]);
     both.prepared = Prepared::default();
-    both.session.set_scope(None);
+    both.session.set_scope(String::new());
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PBECCPPBECCSB", "there, and back");
     both.client(b'S', b"");
     let step = [(b'1', &b""[..]), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];
@@ -414,4 +429,12 @@ fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
     both.client(b'Q', b"DISCARD ALL\0");
     both.servers(&[(b'C', b"DISCARD ALL\0"), READY]);
     assert_eq!(both.prepared.sequences_of, None);
+    // Also in the same Query, and if that fails in the end.
+    for last in [(b'C', &b"INSERT 0 1\0"[..]), ERROR] {
+        both.client(b'Q', b"DISCARD SEQUENCES; INSERT INTO t VALUES (1)\0");
+        both.servers(&[(b'C', b"DISCARD SEQUENCES\0")]);
+        assert_eq!(both.prepared.sequences_of, None);
+        both.servers(&[last, READY]);
+        assert_eq!(both.prepared.sequences_of.take(), Some(1));
+    }
 }
