@@ -148,6 +148,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             };
             self.seen.leaves_state |= unsure;
             if self.seen.leaves_state && self.seen.suspicious {
+                let behind = &self.sql[self.at.min(self.sql.len())..];
+                self.seen.advances |= ADVANCING.iter().any(|word| contains(behind, word.as_bytes()));
                 break;
             }
         }
@@ -317,6 +319,9 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.sql[start..self.at].contains(&b'\\')
     }
 }
+
+/// Words of statements that may change what `currval` says.
+const ADVANCING: [&str; 6] = ["insert", "nextval", "setval", "copy", "merge", "with"];
 
 /// Names by which settings are changed without SET.
 #[inline]
