@@ -244,7 +244,7 @@ mod tests {
         for _ in 0..=MAX_MAIL / 8000 {
             signals.deliver(Some(1), Bytes::from(vec![b'x'; 8001]));
         }
-        let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(std::task::Waker::noop())) else {
+        let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(Waker::noop())) else {
             panic!("it goes on");
         };
         assert_eq!(reason.code, sqlstate::PROGRAM_LIMIT_EXCEEDED);

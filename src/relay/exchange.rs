@@ -38,6 +38,7 @@ impl Relay {
         {
             return Some(end);
         }
+        self.rescope();
         lease.conn().face().lend(self.client.key.pid);
         self.client.key.entry.bind(lease.conn().cancel_target());
         metrics::shift(&self.worker.stats.clients_active, 1);
@@ -103,6 +104,7 @@ impl Relay {
         if !std::mem::take(&mut self.has_params) {
             self.adopt_params(&mut lease);
         }
+        self.rescope();
         let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
         lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
@@ -165,7 +167,6 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
-        self.session.set_scope(self.carried.get("search_path").map(|path| &**path));
         self.seeded |= residue.seeds;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
         // These two are not asked of the server: they come and go with what the client says.
@@ -188,7 +189,19 @@ impl Relay {
         if pinned.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
             self.carry_settings(lease).await.map_err(|_| lost("Its settings could not be restored.".to_owned()))?;
         }
+        self.rescope();
         self.give_answer(lease.conn(), held)
+    }
+
+    /// Tells the session in what scope the client's statements are from now on, if its settings have changed.
+    #[inline]
+    fn rescope(&mut self) {
+        let (params, carried) = &self.scoped;
+        if Arc::ptr_eq(params, &self.client.params) && Arc::ptr_eq(carried, &self.carried) {
+            return;
+        }
+        self.session.set_scope(scope::of(&self.base, &self.client.params, &self.carried));
+        self.scoped = (self.client.params.clone(), self.carried.clone());
     }
 
     /// Sends what was held back, and the notifications that came in the meantime.

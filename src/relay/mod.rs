@@ -14,6 +14,7 @@ pub mod mention;
 pub mod names;
 mod notify;
 pub mod scan;
+pub mod scope;
 pub mod session;
 pub mod settle;
 mod stand_in;
@@ -189,6 +190,10 @@ struct Relay {
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
+    /// The reported settings that it began with.
+    base: Arc<Params>,
+    /// What the session's scope was made of.
+    scoped: (Arc<Params>, Arc<Carried>),
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
     /// What it listens to without one.
@@ -232,7 +237,10 @@ impl Relay {
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);
+        let base = client.params.clone();
         Self {
+            scoped: (base.clone(), carried.clone()),
+            base,
             client,
             worker,
             pool,

@@ -8,6 +8,8 @@
 //! server's error by ours. So a transaction fails, a pipeline is skipped and an implicit transaction is rolled back
 //! just as if the server itself had refused.
 
+mod bring;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +19,7 @@ use bytes::{BufMut as _, BytesMut};
 use super::address::{self, Addressed};
 use super::lex::Lex;
 use super::names::{self, Use, Verb};
-use super::{scan, track};
+use super::{scan, scope, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
@@ -129,6 +131,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue.lists = seen.lists;
         residue.own_process = seen.own_process;
         residue.processes = residue.unknown && address::takes_processes(text);
+        residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -166,8 +169,8 @@ enum Expect {
     CloseBySql(Box<[u8]>),
     /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
     Taken(Box<Taken>),
-    /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
-    Checked(Arc<[u8]>),
+    /// A Parse of what is prepared already, for the server to say whether it may be now.
+    Checked(Box<ParseUndo>),
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
@@ -233,6 +236,8 @@ struct ParseUndo {
     name: Box<[u8]>,
     /// The statement that was noted as prepared on the server connection.
     statement: Arc<Statement>,
+    /// Its scope is what it is prepared in, as far as is known.
+    in_scope: bool,
 }
 
 /// The state of one client's conversation.
@@ -267,12 +272,18 @@ pub struct Session {
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
-    /// The client's `search_path`, if it has set one: the same text means something else under another.
+    /// What the same text means something else in another of; see [`scope`].
     scope: Box<str>,
-    /// Something that is not answered yet may take prepared statements away.
-    takes_away: bool,
     /// The client has prepared something that takes process ids.
     addresses: bool,
+    /// It may be another until the transaction ends.
+    rescopes: bool,
+    /// A Query has let the server forget the state of sequences.
+    forgot_sequences: bool,
+    /// Something that is not answered yet may give names to prepared statements, or take them away.
+    renames: bool,
+    /// Why a statement could not be prepared for the Query or the Bind behind it.
+    unprepared: Option<Box<(u64, PgError)>>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -321,8 +332,11 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
-            takes_away: false,
             addresses: false,
+            rescopes: false,
+            forgot_sequences: false,
+            renames: false,
+            unprepared: None,
         }
     }
 
@@ -405,12 +419,9 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
-    /// Notes the client's `search_path`, if it has set one.
-    pub fn set_scope(&mut self, search_path: Option<&str>) {
-        let search_path = search_path.unwrap_or_default();
-        if *self.scope != *search_path {
-            self.scope = search_path.into();
-        }
+    /// Notes what the client's settings have come to; see [`scope::of`].
+    pub fn set_scope(&mut self, scope: String) {
+        self.scope = scope.into();
     }
 
     /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
@@ -466,8 +477,8 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
-        self.takes_away |= residue.frees;
         self.residue.own_process |= residue.own_process;
+        self.rescopes |= residue.rescopes;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -522,8 +533,16 @@ impl Session {
             b'E' => {
                 self.queries += 1;
                 let events = self.bound.take();
+                let asks = renames(&events) && frame.len() == header.total;
+                self.renames |= asks;
                 self.push_extended(Expect::Execute(events));
-                Ok(Verdict::Forward)
+                if !asks {
+                    return Ok(Verdict::Forward);
+                }
+                // What follows waits for the answer: names mean something else then.
+                out.extend_from_slice(frame);
+                message::flush(out);
+                Ok(Verdict::Replace)
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
@@ -607,16 +626,15 @@ impl Session {
         self.queries += 1;
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
-        let shared: Vec<_> = shared.collect();
-        let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
-        if !self.open_group && self.status != b'E' {
-            if residue.lists && self.hide_others(None, link, out) {
+        let translated = translate(text, &uses, &events);
+        if !self.open_group {
+            if residue.lists && self.status != b'E' && self.hide_others(None, link, out) {
                 message::sync(out);
                 self.expects.push_back(Expect::InjectedSync);
             }
-            self.bring(&shared, link, out);
+            self.bring_to_query(&events, link, out);
         }
+        self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
         match translated.as_ref().or(addressed.as_ref()) {
@@ -634,42 +652,19 @@ impl Session {
         if interesting { names::uses(text, ward.lex()) } else { Vec::new() }
     }
 
+    /// What they mean one after the other: a name that was taken away is the server's business from there on.
     fn events(&self, uses: &[Use]) -> Events {
-        let event = |found: &Use| {
-            let shared = self.named.get(&*found.name).cloned();
-            Event { verb: found.verb, name: found.name.clone(), shared }
-        };
-        (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
-    }
-
-    /// The text with our names for the client's.
-    fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
-        names::rename(text, uses, |found| self.named.get(&*found.name).map(|statement| &*statement.name))
-    }
-
-    /// Prepares statements that the server connection does not have, ahead of a Query.
-    fn bring(&mut self, shared: &[Arc<Statement>], link: &mut Link<'_>, out: &mut BytesMut) {
-        let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
-        for statement in shared {
-            self.bring_one(statement, max, link, out);
+        let mut events = VecDeque::with_capacity(uses.len());
+        for found in uses {
+            let gone = events.iter().any(|before: &Event| match before.verb {
+                Verb::ForgetAll => true,
+                Verb::Deallocate => before.name == found.name,
+                Verb::Prepare | Verb::Execute => false,
+            });
+            let shared = if gone { None } else { self.named.get(&*found.name).cloned() };
+            events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
-        if self.expects.len() > before {
-            message::sync(out);
-            self.expects.push_back(Expect::InjectedSync);
-        }
-    }
-
-    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if !link.prepared.touch(statement.id) {
-            self.make_room(statement, max, link, out);
-            if link.prepared.put_right(statement.id) {
-                message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose(statement.id));
-            }
-            message::parse_with(out, &statement.name, &statement.body);
-            self.push_extended(Expect::Injected(statement.id));
-        }
+        (!events.is_empty()).then(|| Box::new(events))
     }
 
     /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
@@ -774,18 +769,17 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
-        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
-            // It may be gone by then, or not: it is closed, and prepared again.
-            link.prepared.squat(statement.id);
-        }
+        let in_scope = !self.scope_in_doubt();
+        let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
         if link.prepared.touch(statement.id) {
-            if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
+            let accepted = statement.accepted.load(Ordering::Relaxed);
+            if !accepted || self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
                 // have a search_path of its own.
                 message::close(out, b'S', CHECK);
                 message::parse_with(out, CHECK, &statement.body);
                 self.push_extended(Expect::InjectedStep(b'3'));
-                self.push_extended(Expect::Checked(name.into()));
+                self.push_extended(Expect::Checked(parsed));
                 return Ok(Verdict::Instead);
             }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -793,13 +787,8 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
-        if link.prepared.put_right(statement.id) {
-            message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose(statement.id));
-        }
         message::parse_with(out, &statement.name, &statement.body);
-        let undo = ParseUndo { name: name.into(), statement };
-        self.push_extended(Expect::Parse(Some(Box::new(undo))));
+        self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
     }
 
@@ -852,12 +841,8 @@ impl Session {
         self.note_residue(&residue, whole);
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).any(|event| event.shared.is_some());
-        let translated = shared.then(|| {
-            let mut translated = self.translate(text, &uses);
-            translated.extend_from_slice(&body[text.len()..]);
-            translated
-        });
+        let translated =
+            translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
@@ -921,11 +906,14 @@ impl Session {
         UnnamedOwner { client: self.client, serial: self.unnamed_serial }
     }
 
-    /// Notes a statement as prepared on the server, and closes the least recently used one if there are too many.
+    /// Notes a statement as prepared on the server, closes the least recently used one if there are too many, and what has
+    /// its name there.
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if let Some(victim) = link.prepared.add(statement.clone(), max) {
-            message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose(victim.id));
+        let victim = link.prepared.add(statement.clone(), max);
+        let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
+        for closed in victim.into_iter().chain(squatter) {
+            message::close(out, b'S', &closed.name);
+            self.push_extended(Expect::InjectedClose(closed.id));
         }
     }
 
@@ -952,6 +940,9 @@ impl Session {
             Addressed::Said(values) => Some(values),
             Addressed::Later => return Ok(Verdict::Later),
         };
+        if let Some(error) = self.miscounted(name, values, link.prepared) {
+            return Ok(self.refuse_parse(error, out));
+        }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
         };
@@ -1038,15 +1029,6 @@ impl Session {
         self.bring_used(max, link, out);
     }
 
-    /// Prepares what the unnamed statement names.
-    fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
-        let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
-        for statement in shared {
-            self.bring_one(&statement, max, link, out);
-        }
-    }
-
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
@@ -1072,7 +1054,7 @@ impl Session {
         let (statement, events) =
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
         let statement = if statement.residue.processes { self.addressed_now(statement, link) } else { statement };
-        self.bring_one(&statement, max, link, out);
+        self.bring_apart(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
     }
 
@@ -1084,17 +1066,11 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> (Arc<Statement>, Events) {
-        let text = until_nul(&statement.body);
+        let text = statement.text();
         let uses = names::uses(text, link.ward.lex());
         let events = self.events(&uses);
-        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
-        if used.is_empty() {
-            return (statement, events);
-        }
-        for used in &used {
-            self.bring_one(used, max, link, out);
-        }
-        let mut body = self.translate(text, &uses);
+        let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
+        self.bring_all(&events, max, link, out);
         body.extend_from_slice(&statement.body[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
@@ -1188,13 +1164,19 @@ impl Session {
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
                 let mut shared = events.iter().filter_map(|e| Some((e.shared.as_ref()?.id, &e.name)));
                 let text = String::from_utf8_lossy(frame);
-                let found = shared.find(|(id, _)| text.contains(&format!("\"pgusher_{id}\"")));
+                let unprepared = self.unprepared.as_ref().map(|unprepared| unprepared.0);
+                let found =
+                    shared.find(|(id, _)| unprepared == Some(*id) || text.contains(&format!("\"pgusher_{id}\"")));
                 let Some((id, name)) = found else { return false };
                 (format!("\"pgusher_{id}\""), String::from_utf8_lossy(name).into_owned())
             }
             _ => return false,
         };
         let mut error = server_error(&frame[HEADER..]);
+        if let Some(reason) = self.reason_for(&error, &ours) {
+            message::error_response(out, reason);
+            return true;
+        }
         if !error.message.contains(&ours) {
             return false;
         }
@@ -1263,7 +1245,8 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, Desync> {
         match header.tag {
-            b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
+            b'N' => Ok(self.notice()),
+            b'D' | b'd' | b'T' | b't' | b'n' | b'A' | b'S' | b'H' | b'c' | b'V' => {
                 if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
                     self.take();
                 }
@@ -1283,13 +1266,11 @@ impl Session {
                 Ok(Verdict::Swallow)
             }
             b'1' => match self.take() {
-                Some(Expect::Parse(parsed)) => {
-                    if let Some(parsed) = parsed {
-                        parsed.statement.accepted.store(true, Ordering::Relaxed);
-                    }
+                Some(Expect::Parse(None)) => Ok(Verdict::Forward),
+                Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                    parsed.statement.accepted.fetch_or(parsed.in_scope, Ordering::Relaxed);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Checked(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1321,6 +1302,18 @@ impl Session {
         }
     }
 
+    /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
+    fn notice(&mut self) -> Verdict {
+        match self.expects.front_mut() {
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedStep(_)) => Verdict::Swallow,
+            Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                parsed.in_scope = false;
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        }
+    }
+
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
         match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
@@ -1331,11 +1324,18 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.takes_away &= self.expects.len() > 1;
+        if self.expects.len() <= 1 {
+            self.renames = false;
+            self.rescopes &= status != b'I';
+            self.forgot_sequences = false;
+        }
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
-            Some(expect) if ends_by_itself(&expect) => Ok(Verdict::Forward),
+            Some(expect) if ends_by_itself(&expect) => {
+                self.unprepared = None;
+                Ok(Verdict::Forward)
+            }
             _ => Err(Desync(b'Z')),
         }
     }
@@ -1366,7 +1366,10 @@ impl Session {
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
         if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
+            self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
+        } else {
+            self.may_advance(prepared);
         }
         if matches!(self.expects.front(), Some(Expect::Execute(_))) {
             self.take();
@@ -1374,18 +1377,19 @@ impl Session {
         Verdict::Forward
     }
 
-    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    /// What comes behind a DISCARD in the same Query counts again.
+    #[inline]
+    fn may_advance(&mut self, prepared: &mut Prepared) {
+        if std::mem::take(&mut self.forgot_sequences) {
+            prepared.sequences_of = Some(self.client);
+        }
+    }
+
+    /// Nothing is prepared any more.
     fn forget_all(&mut self, prepared: &mut Prepared) {
-        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
-        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
-        self.named = kept;
+        self.named.clear();
         self.by_sql.clear();
         prepared.clear();
-        for expect in &self.expects {
-            if let Expect::Parse(Some(undo)) = expect {
-                prepared.add(undo.statement.clone(), usize::MAX);
-            }
-        }
     }
 
     /// A statement about a name has been carried out.
@@ -1394,10 +1398,11 @@ impl Session {
             (Verb::Prepare, _) => drop(self.by_sql.insert(event.name)),
             (Verb::Deallocate, Some(statement)) => {
                 prepared.remove(statement.id);
+                prepared.put_right(statement.id);
                 self.named.remove(&event.name[..]);
             }
             (Verb::Deallocate, None) => drop(self.by_sql.remove(&event.name)),
-            (Verb::Execute, _) => {}
+            (Verb::Execute | Verb::ForgetAll, _) => {}
         }
     }
 
@@ -1407,6 +1412,7 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
+        self.may_advance(prepared);
         if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
@@ -1422,7 +1428,12 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
+            Some(Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_))
+                if self.is_in_group_of_ours() =>
+            {
+                self.note_unprepared(server_error(&frame[HEADER..]));
+                Verdict::Swallow
+            }
             _ if self.rename_in_error(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
@@ -1450,10 +1461,12 @@ impl Session {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
+        if self.renames && self.expects.iter().any(is_renaming) {
+            return true;
+        }
         let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
-            Expect::Query(events) | Expect::Execute(events) => events.is_some(),
             Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
@@ -1461,9 +1474,9 @@ impl Session {
         self.expects.iter().take(last + 1).any(in_doubt)
     }
 
-    /// Whether the Parse of ours that is answered now is for a Query.
-    fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
+    /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
+    fn is_in_group_of_ours(&self) -> bool {
+        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_));
         matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
     }
 
@@ -1480,7 +1493,7 @@ impl Session {
             }
             Expect::Injected(id) => prepared.remove(id),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
-            Expect::Checked(name) => drop(self.named.remove(&name)),
+            Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
                 self.named.remove(&name[..]);
             }
@@ -1513,19 +1526,27 @@ fn ends_by_itself(expect: &Expect) -> bool {
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
 }
 
-/// The name of the client's that a message gives a meaning to.
-fn prepares(expect: &Expect) -> Option<&[u8]> {
-    match expect {
-        Expect::Parse(Some(undo)) => Some(&undo.name),
-        Expect::OurParse(name) => Some(name),
-        Expect::Checked(name) => Some(name),
-        _ => None,
-    }
+/// Whether names of prepared statements mean something else when this is done.
+fn renames(events: &Events) -> bool {
+    events.iter().flat_map(|events| events.iter()).any(|event| event.verb != Verb::Execute)
+}
+
+fn is_renaming(expect: &Expect) -> bool {
+    matches!(expect, Expect::Query(events) | Expect::Execute(events) if renames(events))
+}
+
+/// The text with our names for the client's, if it has any.
+fn translate(text: &[u8], uses: &[Use], events: &Events) -> Option<Vec<u8>> {
+    let events = events.as_ref()?;
+    events.iter().any(|event| event.shared.is_some()).then(|| {
+        let ours = events.iter().map(|event| event.shared.as_ref().map(|statement| &*statement.name));
+        names::rename(text, uses, ours)
+    })
 }
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.
 fn is_about_names(tag: &[u8]) -> bool {
-    matches!(tag, b"PREPARE" | b"DEALLOCATE")
+    matches!(tag, b"PREPARE" | b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL")
 }
 
 enum Resolved {

@@ -144,7 +144,8 @@ const DEFAULT_ROLE: &str = "SELECT pg_catalog.substr(entry, 6) FROM pg_catalog.p
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path. What is in
 /// a schema depends on it, whatever it is (2615 is `pg_namespace`).
 const PROBE: &str = "SELECT \
-    EXISTS (SELECT FROM pg_catalog.pg_depend WHERE refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
+    pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0 AND \
+      EXISTS (SELECT FROM pg_catalog.pg_depend WHERE refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
       AND refclassid OPERATOR(pg_catalog.=) 2615::pg_catalog.oid), \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \

@@ -504,6 +504,11 @@ pub fn sync(buf: &mut BytesMut) {
     put_message(buf, frontend::SYNC, |_| {});
 }
 
+/// Flush
+pub fn flush(buf: &mut BytesMut) {
+    put_message(buf, frontend::FLUSH, |_| {});
+}
+
 /// Parse. `types` is the rest of the body as the client sent it: the count and the OIDs.
 pub fn parse(buf: &mut BytesMut, name: &[u8], sql: &[u8], types: &[u8]) {
     put_message(buf, frontend::PARSE, |b| {
