@@ -79,6 +79,10 @@ pub struct Dialer {
 #[cfg(test)]
 pub(crate) type Wrap = Arc<dyn Fn(Stream) -> Stream + Send + Sync>;
 
+/// What a test puts in the place of server connections.
+#[cfg(test)]
+pub(crate) type Dial = Arc<dyn Fn() -> Stream + Send + Sync>;
+
 /// Opens server connections.
 pub struct Connector {
     /// Longest time from dialling to the end of the login.
@@ -93,6 +97,8 @@ pub struct Connector {
     metrics: Arc<Metrics>,
     #[cfg(test)]
     pub(crate) wrap: Option<Wrap>,
+    #[cfg(test)]
+    pub(crate) dial: Option<Dial>,
 }
 
 /// Why a conversation with a server failed.
@@ -146,6 +152,8 @@ impl Connector {
             metrics,
             #[cfg(test)]
             wrap: None,
+            #[cfg(test)]
+            dial: None,
         }
     }
 
@@ -204,6 +212,16 @@ impl Connector {
         })
     }
 
+    async fn dial(&self, dialer: &Dialer) -> Result<Stream, ServerError> {
+        #[cfg(test)]
+        match (&self.dial, &self.wrap) {
+            (Some(dial), _) => return Ok(dial()),
+            (None, Some(wrap)) => return Ok(wrap(dialer.dial().await?)),
+            (None, None) => {}
+        }
+        dialer.dial().await
+    }
+
     async fn login(
         &self,
         slot: Slot,
@@ -213,11 +231,7 @@ impl Connector {
         let tenant = slot.pool().tenant().clone();
         let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
-        let mut stream = dialer.dial().await?;
-        #[cfg(test)]
-        if let Some(wrap) = &self.wrap {
-            stream = wrap(stream);
-        }
+        let mut stream = self.dial(&dialer).await?;
         let mut out = BytesMut::with_capacity(256);
         let ours = tenant.startup_settings();
         // Among the settings there is a database only where the plan lets clients choose it.

@@ -10,6 +10,8 @@ pub mod flow;
 pub mod guard;
 pub mod lex;
 pub mod mention;
+#[cfg(test)]
+mod model;
 pub mod names;
 mod notify;
 pub mod scan;
