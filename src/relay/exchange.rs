@@ -350,7 +350,7 @@ impl Relay {
             if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
                 return Ok(());
             }
-            if self.session.must_wait(header) {
+            if self.session.must_wait(header, unseen) {
                 self.held_up = true;
                 return Ok(());
             }

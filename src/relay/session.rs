@@ -115,6 +115,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
+    /// A Parse, or a Close, of the unnamed statement.
+    ParseUnnamed(Turn),
+    CloseUnnamed(Turn),
     /// With the shared statement and the client's name for it.
     Bind(Option<Shared>),
     Describe(Option<Shared>),
@@ -179,6 +182,15 @@ struct Taken {
     statement: Arc<Statement>,
 }
 
+/// A change of what the unnamed statement is.
+#[derive(Debug)]
+struct Turn {
+    /// Its number.
+    serial: u64,
+    /// What it was, should this be skipped; not kept where nothing comes before that could fail.
+    before: Option<Box<Unnamed>>,
+}
+
 /// The unnamed statement of a client.
 #[derive(Debug, Default)]
 struct Unnamed {
@@ -186,6 +198,8 @@ struct Unnamed {
     body: Vec<u8>,
     residue: Residue,
     events: Events,
+    /// The same in the client's words, if it names prepared statements: what they mean is asked when it is used.
+    said: Option<Box<[u8]>>,
 }
 
 #[derive(Debug)]
@@ -328,7 +342,8 @@ impl Session {
     pub fn statements_owed(&self) -> usize {
         let says = |e: &Expect| {
             use Expect::*;
-            let parses = matches!(e, Parse(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            let parses =
+                matches!(e, Parse(_) | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
             parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
         };
         let owed = self.expects.iter().filter(|e| says(e)).count();
@@ -550,7 +565,8 @@ impl Session {
         let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
         let shared: Vec<_> = shared.collect();
         let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
-        if !self.open_group && self.status != b'E' {
+        // An aborted transaction may be over by then.
+        if !self.open_group && (self.status != b'E' || !self.expects.is_empty()) {
             if residue.lists && self.hide_others(None, link, out) {
                 message::sync(out);
                 self.expects.push_back(Expect::InjectedSync);
@@ -675,8 +691,10 @@ impl Session {
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
-                link.prepared.unnamed = None;
-                return Ok(self.refuse_parse(error, out));
+                if name.is_empty() {
+                    (self.unnamed, link.prepared.unnamed) = (None, None);
+                }
+                return Ok(self.refuse_parse(name.is_empty(), error, out));
             }
         };
         let Statements::Shared(max) = self.statements else {
@@ -704,7 +722,7 @@ impl Session {
                 self.check(body, out);
                 let shown = String::from_utf8_lossy(&name);
                 let error = format!("prepared statement \"{shown}\" already exists");
-                return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+                return Ok(self.refuse_parse(false, PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
             }
             message::parse_with(out, &taken.name, body);
             let statement = link.registry.intern(&self.scope, body, || residue);
@@ -769,15 +787,20 @@ impl Session {
             translated.extend_from_slice(&body[text.len()..]);
             translated
         });
+        let said = events.is_some().then(|| body.into());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
+        let before = self.unnamed_before();
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
+        if let Some(unnamed) = &mut self.unnamed {
+            unnamed.said = said;
+        }
         link.prepared.unnamed = Some(self.unnamed_owner());
         if let Statements::Shared(max) = self.statements {
             // What it returns is looked up here.
             self.bring_used(max, link, out);
         }
-        self.push_extended(Expect::Parse(None));
+        self.push_extended(Expect::ParseUnnamed(Turn { serial: self.unnamed_serial, before }));
         if translated.is_none() {
             return Verdict::Forward;
         }
@@ -825,6 +848,11 @@ impl Session {
         (kept.residue, kept.events) = (residue, events);
         kept.body.clear();
         kept.body.extend_from_slice(body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default());
+    }
+
+    /// What the unnamed statement is, for a message that changes it and may be skipped.
+    fn unnamed_before(&mut self) -> Option<Box<Unnamed>> {
+        if self.expects.is_empty() { None } else { self.unnamed.take().map(Box::new) }
     }
 
     fn unnamed_owner(&self) -> UnnamedOwner {
@@ -924,6 +952,7 @@ impl Session {
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
+            self.translate_unnamed(link.ward);
             let body = &self.unnamed.as_ref()?.body;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
             if link.prepared.unnamed == Some(owner) {
@@ -947,6 +976,23 @@ impl Session {
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
         self.bring_one(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
+    }
+
+    /// What the unnamed statement names may mean something else since its Parse.
+    fn translate_unnamed(&mut self, ward: &dyn Ward) {
+        let said = self.unnamed.as_mut().and_then(|unnamed| unnamed.said.take());
+        let Some(said) = said else { return };
+        let text = said.split(|&b| b == 0).next().unwrap_or_default();
+        let uses = names::uses(text, ward.lex());
+        let events = self.events(&uses);
+        let mut body = self.translate(text, &uses);
+        body.extend_from_slice(&said[text.len()..]);
+        let Some(unnamed) = &mut self.unnamed else { return };
+        if unnamed.body != body {
+            self.unnamed_serial += 1;
+            unnamed.body = body;
+        }
+        (unnamed.events, unnamed.said) = (events, Some(said));
     }
 
     /// A statement that names others (`EXECUTE a`), with our names for what they mean now; these are prepared first.
@@ -975,7 +1021,7 @@ impl Session {
 
     fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
         let text = "unnamed prepared statement does not exist";
-        self.refuse_parse(PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
+        self.refuse_parse(false, PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
     }
 
     fn describe_or_close(
@@ -1009,9 +1055,10 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         if header.tag == b'C' {
-            self.unnamed = None;
-            link.prepared.unnamed = None;
-            self.push_extended(expect);
+            let before = self.unnamed_before();
+            self.unnamed_serial += 1;
+            (self.unnamed, link.prepared.unnamed) = (None, None);
+            self.push_extended(Expect::CloseUnnamed(Turn { serial: self.unnamed_serial, before }));
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
@@ -1083,10 +1130,10 @@ impl Session {
         Verdict::Instead
     }
 
-    /// Lets the server reject a Parse in the place of what the client sent.
-    fn refuse_parse(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
-        message::parse(out, b"", REJECTED.as_bytes(), &[0, 0]);
-        self.unnamed = None;
+    /// Lets the server reject a Parse in the place of what the client sent. One of the unnamed statement takes away what
+    /// that was.
+    fn refuse_parse(&mut self, unnamed: bool, error: PgError, out: &mut BytesMut) -> Verdict {
+        message::parse(out, if unnamed { b"" } else { CHECK }, REJECTED.as_bytes(), &[0, 0]);
         self.push_extended(Expect::RefusedParse(Box::new(error)));
         Verdict::Instead
     }
@@ -1162,7 +1209,7 @@ impl Session {
                     }
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Checked(_)) => Ok(Verdict::Forward),
+                Some(Expect::Checked(_) | Expect::ParseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1179,7 +1226,7 @@ impl Session {
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
             b'3' => match self.take() {
-                Some(Expect::Close) => Ok(Verdict::Forward),
+                Some(Expect::Close | Expect::CloseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
@@ -1254,9 +1301,19 @@ impl Session {
         self.named = kept;
         self.by_sql.clear();
         prepared.clear();
-        for expect in &self.expects {
-            if let Expect::Parse(Some(undo)) = expect {
-                prepared.add(undo.statement.clone(), usize::MAX);
+        let mut given: Vec<Box<[u8]>> = Vec::new();
+        for expect in &mut self.expects {
+            given.extend(prepares(expect).map(Into::into));
+            match expect {
+                Expect::Parse(Some(undo)) => drop(prepared.add(undo.statement.clone(), usize::MAX)),
+                // Should these be skipped, what they close is gone all the same.
+                Expect::OurClose(closed)
+                    if closed.as_ref().is_some_and(|c| !given.iter().any(|name| **name == *c.0)) =>
+                {
+                    *closed = None;
+                }
+                Expect::CloseBySql(_) => *expect = Expect::Close,
+                _ => {}
             }
         }
     }
@@ -1308,6 +1365,10 @@ impl Session {
         while !matches!(self.expects.front(), None | Some(Expect::Sync | Expect::InjectedSync)) {
             skipped.extend(self.take());
         }
+        if let Some(Expect::ParseUnnamed(failed)) = skipped.first_mut() {
+            // Not skipped: a Parse that fails takes away what there was.
+            failed.before = None;
+        }
         self.failed |= self.expects.is_empty();
         // What was noted last goes first: a name may have been given and taken away.
         for skipped in skipped.into_iter().rev() {
@@ -1319,11 +1380,14 @@ impl Session {
     /// Whether the frame has to wait until the server has answered what came before: it may name a statement of which is
     /// not known yet whether an earlier group of messages, still under way, has prepared or closed it.
     #[inline]
-    pub fn must_wait(&self, header: Header) -> bool {
+    pub fn must_wait(&self, header: Header, frame: &[u8]) -> bool {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
         let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
+        if self.takes_away && self.statements != Statements::PassThrough {
+            return true;
+        }
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
             Expect::Query(events) | Expect::Execute(events) => events.is_some(),
@@ -1331,7 +1395,17 @@ impl Session {
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
-        self.expects.iter().take(last + 1).any(in_doubt)
+        let mut earlier = self.expects.iter().take(last + 1);
+        earlier.clone().any(in_doubt) || (uses_unnamed(header, frame) && earlier.any(|e| self.makes_unnamed(e)))
+    }
+
+    /// Whether the unnamed statement is what it is only if this is carried out.
+    fn makes_unnamed(&self, expect: &Expect) -> bool {
+        match expect {
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => turn.serial == self.unnamed_serial,
+            Expect::InjectedUnnamed => true,
+            _ => false,
+        }
     }
 
     /// Whether the Parse of ours that is answered now is for a Query.
@@ -1347,10 +1421,8 @@ impl Session {
                 prepared.remove(undo.statement.id);
                 self.named.remove(&undo.name[..]);
             }
-            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) | Expect::Taken(_) => {
-                prepared.unnamed = None;
-                self.unnamed = None;
-            }
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => self.undo_unnamed(turn, prepared),
+            Expect::InjectedUnnamed => prepared.unnamed = prepared.unnamed.filter(|o| *o != self.unnamed_owner()),
             Expect::Injected(id) => prepared.remove(id),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
             Expect::Checked(name) => drop(self.named.remove(&name)),
@@ -1364,6 +1436,25 @@ impl Session {
             Expect::InjectedClose(id) => prepared.squat(id),
             _ => {}
         }
+    }
+
+    /// The unnamed statement is what it was, unless something behind it has changed it again.
+    fn undo_unnamed(&mut self, turn: Turn, prepared: &mut Prepared) {
+        if prepared.unnamed == Some(UnnamedOwner { client: self.client, serial: turn.serial }) {
+            prepared.unnamed = None;
+        }
+        for later in &mut self.expects {
+            match later {
+                Expect::ParseUnnamed(later) | Expect::CloseUnnamed(later) => {
+                    later.before = turn.before;
+                    return;
+                }
+                // It takes the unnamed statement away.
+                Expect::Query(_) | Expect::RefusedQuery(_) => return,
+                _ => {}
+            }
+        }
+        self.unnamed = turn.before.map(|before| *before);
     }
 
     /// The server reads nothing but COPY messages now: a Sync that is already on its way is ignored there.
@@ -1393,6 +1484,18 @@ fn prepares(expect: &Expect) -> Option<&[u8]> {
         Expect::OurParse(name) => Some(name),
         Expect::Checked(name) => Some(name),
         _ => None,
+    }
+}
+
+/// Whether a message uses the unnamed statement. What cannot be told yet may.
+fn uses_unnamed(header: Header, frame: &[u8]) -> bool {
+    let unnamed = |name: &[u8]| name.first().is_none_or(|first| *first == 0);
+    match header.tag {
+        b'B' => cstr(frame.get(HEADER..).unwrap_or_default()).is_none_or(|(_, rest)| unnamed(rest)),
+        b'D' => {
+            frame.get(HEADER).is_none_or(|what| *what == b'S') && unnamed(frame.get(HEADER + 1..).unwrap_or_default())
+        }
+        _ => false,
     }
 }
 

@@ -277,6 +277,9 @@ impl Pg {
         let (name, rest) = cstr(body).unwrap();
         let name = String::from_utf8(name.to_vec()).unwrap();
         let text = String::from_utf8(cstr(rest).unwrap().0.to_vec()).unwrap();
+        if name.is_empty() {
+            self.unnamed = None;
+        }
         if text.starts_with("refused") {
             return Err(error("42601", "syntax error"));
         }
