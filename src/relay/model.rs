@@ -55,6 +55,8 @@ enum Say {
     Query(String),
     /// With its Sync, or a Flush that leaves it open.
     Group(Vec<Part>, bool),
+    /// With its Sync; after that the unnamed statement is closed.
+    Alone(Vec<Part>),
 }
 
 /// What a client does next.
@@ -125,11 +127,20 @@ fn text() -> impl Strategy<Value = String> {
     prop_oneof![plain(), special()]
 }
 
+/// What has nothing to do with names of prepared statements.
+fn without_names() -> impl Strategy<Value = String> {
+    text().prop_map(|text| if is_about_names(&text) { "SELECT 'text0'".to_owned() } else { text })
+}
+
+fn is_about_names(text: &str) -> bool {
+    ["DISCARD", "DEALLOCATE", "EXECUTE"].iter().any(|verb| text.starts_with(verb))
+}
+
 fn part() -> impl Strategy<Value = Part> {
     let parameters = (name(), value()).prop_map(|(name, value)| vec![name, value]);
     prop_oneof![
         3 => (1..3u8, plain()).prop_map(|(name, text)| Part::Parse { name, text }),
-        3 => text().prop_map(|text| Part::Parse { name: 0, text }),
+        3 => without_names().prop_map(|text| Part::Parse { name: 0, text }),
         1 => (0..3u8).prop_map(|name| Part::Parse { name, text: "SELECT set_config($1, $2, false)".into() }),
         5 => (0..3u8, prop_oneof![Just(Vec::new()), parameters]).prop_map(|(name, values)| Part::Bind { name, values }),
         1 => (0..3u8).prop_map(|name| Part::Describe { name }),
@@ -141,7 +152,7 @@ fn part() -> impl Strategy<Value = Part> {
 /// As drivers do it: prepare, bind, execute, in this order.
 fn driver() -> impl Strategy<Value = Vec<Part>> {
     let named = (1..3u8, plain());
-    let unnamed = (Just(0), text());
+    let unnamed = (Just(0), without_names());
     (prop_oneof![named, unnamed], any::<bool>()).prop_map(|((name, text), again)| {
         let mut parts = vec![Part::Parse { name, text }, Part::Bind { name, values: Vec::new() }, Part::Execute];
         if again {
@@ -151,11 +162,32 @@ fn driver() -> impl Strategy<Value = Vec<Part>> {
     })
 }
 
+/// What names prepared statements, or takes them away, by the extended protocol. Left out: messages about names between
+/// its Parse and its Sync. One that was to be prepared again on another server connection is prepared too early, or not at
+/// all.
+fn about_names() -> impl Strategy<Value = Say> {
+    let texts = ["DISCARD ALL", "DEALLOCATE ALL", "DEALLOCATE n0", "DEALLOCATE n1", "EXECUTE n0", "EXECUTE n1"];
+    prop::sample::select(texts.to_vec()).prop_map(|text| {
+        let parse = Part::Parse { name: 0, text: text.to_owned() };
+        Say::Alone(vec![parse, Part::Bind { name: 0, values: Vec::new() }, Part::Execute])
+    })
+}
+
+/// Several statements in one text. Left out: a name behind the end of a transaction. Where that has failed, nothing can be
+/// prepared on another server connection before it has ended.
+fn one_text(mut texts: Vec<String>) -> Say {
+    let ends = |text: &String| text.starts_with("COMMIT") || text.starts_with("ROLLBACK");
+    if let Some(end) = texts.iter().position(ends) {
+        texts[end..].iter_mut().filter(|text| text.contains(" n")).for_each(|text| *text = "SELECT 'text0'".into());
+    }
+    Say::Query(texts.join("; "))
+}
+
 fn say() -> impl Strategy<Value = Say> {
-    let several = vec(text(), 2..4).prop_map(|texts| Say::Query(texts.join("; ")));
+    let several = vec(text(), 2..4).prop_map(one_text);
     let group = (vec(part(), 1..6), prop::bool::weighted(0.9)).prop_map(|(parts, sync)| Say::Group(parts, sync));
     let driver = vec(driver(), 1..3).prop_map(|parts| Say::Group(parts.concat(), true));
-    prop_oneof![6 => text().prop_map(Say::Query), 2 => several, 2 => group, 5 => driver]
+    prop_oneof![6 => text().prop_map(Say::Query), 2 => several, 2 => group, 5 => driver, 2 => about_names()]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -171,7 +203,8 @@ fn encode(says: &[Say]) -> BytesMut {
                 message::query(&mut out, text);
                 continue;
             }
-            Say::Group(parts, sync) => (parts, sync),
+            Say::Group(parts, sync) => (parts, *sync),
+            Say::Alone(parts) => (parts, true),
         };
         for part in parts {
             match part {
@@ -182,7 +215,15 @@ fn encode(says: &[Say]) -> BytesMut {
                 Part::Close { name } => message::close(&mut out, b'S', &called(*name)),
             }
         }
-        if *sync { message::sync(&mut out) } else { message::put_message(&mut out, b'H', |_| {}) }
+        if sync {
+            message::sync(&mut out)
+        } else {
+            message::put_message(&mut out, b'H', |_| {})
+        }
+        if matches!(say, Say::Alone(_)) {
+            message::close(&mut out, b'S', b"");
+            message::sync(&mut out);
+        }
     }
     out
 }
@@ -416,7 +457,9 @@ impl Seat {
         assert_eq!(got[..common], expected[..common], "through the relay (left), and alone");
         assert!(got.len() <= expected.len(), "more than was asked for: {:?}", &got[common..]);
         if self.waits() {
-            assert!(self.got.is_empty(), "half an answer: {:?} are missing", &expected[common..]);
+            // Between two requests somebody else may be first.
+            let whole = got.last().is_none_or(|last| last.starts_with('Z'));
+            assert!(whole, "half an answer: {:?} are missing", &expected[common..]);
             return;
         }
         (self.got, self.expected) = Default::default();

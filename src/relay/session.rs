@@ -564,6 +564,7 @@ impl Session {
         let events = self.events(&uses);
         let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
         let shared: Vec<_> = shared.collect();
+        self.note_used(&shared);
         let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
         // An aborted transaction may be over by then.
         if !self.open_group && (self.status != b'E' || !self.expects.is_empty()) {
@@ -596,6 +597,13 @@ impl Session {
             Event { verb: found.verb, name: found.name.clone(), shared }
         };
         (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
+    }
+
+    /// What they leave behind, a text leaves behind that executes them.
+    fn note_used(&mut self, used: &[Arc<Statement>]) {
+        for statement in used {
+            self.note_residue(&statement.residue, true);
+        }
     }
 
     /// The text with our names for the client's.
@@ -944,6 +952,7 @@ impl Session {
     fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
         let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
+        self.note_used(&shared);
         for statement in shared {
             self.bring_one(&statement, max, link, out);
         }
@@ -1010,6 +1019,7 @@ impl Session {
         if used.is_empty() {
             return (statement, events);
         }
+        self.note_used(&used);
         for used in &used {
             self.bring_one(used, max, link, out);
         }
