@@ -197,13 +197,14 @@ fn step() -> impl Strategy<Value = Step> {
 fn encode(says: &[Say]) -> BytesMut {
     let mut out = BytesMut::new();
     let called = |name: u8| if name == 0 { String::new() } else { format!("n{name}") }.into_bytes();
-    for say in says {
+    for (at, say) in says.iter().enumerate() {
         let (parts, sync) = match say {
             Say::Query(text) => {
                 message::query(&mut out, text);
                 continue;
             }
-            Say::Group(parts, sync) => (parts, *sync),
+            // Left out: a Query that is skipped for an error in a group without a Sync.
+            Say::Group(parts, sync) => (parts, *sync || at + 1 < says.len()),
             Say::Alone(parts) => (parts, true),
         };
         for part in parts {
