@@ -126,6 +126,18 @@ pub enum ServerError {
     },
 }
 
+impl ServerError {
+    /// Whether the server connection has ended, as far as one can tell on its own account: the socket failed, or the
+    /// server has said goodbye.
+    pub fn is_the_end(&self) -> bool {
+        match self {
+            Self::Io(_) => true,
+            Self::Server(error) => error.severity != Severity::Error,
+            Self::Protocol(_) | Self::Scram(_) | Self::Identity { .. } => false,
+        }
+    }
+}
+
 /// Logins whose keys are kept (about 200 bytes each); beyond that all are forgotten, which costs a millisecond each.
 const MAX_CACHED_KEYS: usize = 50_000;
 

@@ -242,8 +242,24 @@ fn bind(out: &mut BytesMut, name: &[u8], values: &[&str]) {
     });
 }
 
+/// What all server processes share.
+#[derive(Debug, Default)]
+struct Machine {
+    bytes_moved: Mutex<usize>,
+    /// Who reads this next dies of it.
+    poison: Mutex<Option<&'static str>>,
+}
+
+impl Machine {
+    fn kills(&self, bytes: &[u8]) -> bool {
+        let mut poison = self.poison.lock();
+        let found = poison.is_some_and(|text| bytes.windows(text.len()).any(|found| found == text.as_bytes()));
+        found && poison.take().is_some()
+    }
+}
+
 /// A server process of the shared ones.
-async fn process(mut socket: DuplexStream, bytes_moved: Arc<Mutex<usize>>) {
+async fn process(mut socket: DuplexStream, machine: Arc<Machine>) {
     let (mut pg, mut startup) = (Pg::default(), [0; 4]);
     if socket.read_exact(&mut startup).await.is_err() {
         return;
@@ -259,7 +275,10 @@ async fn process(mut socket: DuplexStream, bytes_moved: Arc<Mutex<usize>>) {
         if !matches!(socket.read_buf(&mut bytes).await, Ok(1..)) {
             return;
         }
-        *bytes_moved.lock() += bytes.len();
+        *machine.bytes_moved.lock() += bytes.len();
+        if machine.kills(&bytes) {
+            return;
+        }
         answer = pg.feed(&bytes);
     }
 }
@@ -270,7 +289,7 @@ struct World {
     pool: Arc<Pool>,
     cancels: Arc<CancelKeys>,
     tenant: Arc<Tenant>,
-    bytes_moved: Arc<Mutex<usize>>,
+    machine: Arc<Machine>,
     clients: u64,
 }
 
@@ -302,11 +321,11 @@ impl World {
         let tls = Arc::new(ClientTls::new(&crate::config::Tls::default()).unwrap());
         let passwords = Passwords::new(&Config::default());
         let mut connector = Connector::new(tls, passwords, NEVER, Duration::ZERO, metrics.clone());
-        let bytes_moved = Arc::new(Mutex::new(0));
-        let moved = bytes_moved.clone();
+        let machine = Arc::new(Machine::default());
+        let shared = machine.clone();
         connector.dial = Some(Arc::new(move || {
             let (near, far) = tokio::io::duplex(1 << 16);
-            tokio::spawn(process(far, moved.clone()));
+            tokio::spawn(process(far, shared.clone()));
             Stream::Plain(Socket::Other(Box::new(near)))
         }));
         let limits = Limits { default_pool_size: SERVERS, server_idle_timeout: Duration::ZERO };
@@ -317,7 +336,7 @@ impl World {
         let pool = pools.get(&tenant);
         let lease = pool.checkout(&Arc::default(), &"".into(), NEVER).await.unwrap_or_else(|e| panic!("{e:?}"));
         lease.release(CheckIn::Clean, NEVER, Instant::now());
-        Self { worker, pool, cancels: Arc::default(), tenant, bytes_moved, clients: 0 }
+        Self { worker, pool, cancels: Arc::default(), tenant, machine, clients: 0 }
     }
 
     /// A client that has just been greeted.
@@ -329,6 +348,7 @@ impl World {
             query_wait_timeout: NEVER,
             server_reset_timeout: NEVER,
             max_prepared_statements: MAX_PREPARED,
+            max_client_prepared_memory: 0,
             max_packet_size: 1 << 20,
             client_idle_timeout: Duration::ZERO,
             idle_transaction_timeout: Duration::ZERO,
@@ -365,10 +385,10 @@ impl World {
     async fn settle(&self, seats: &mut [Seat]) {
         let mut quiet = 0;
         while quiet < QUIET_TURNS {
-            let before = *self.bytes_moved.lock();
+            let before = *self.machine.bytes_moved.lock();
             tokio::task::yield_now().await;
             let arrived: usize = seats.iter_mut().map(Seat::listen).sum();
-            quiet = if arrived == 0 && *self.bytes_moved.lock() == before { quiet + 1 } else { 0 };
+            quiet = if arrived == 0 && *self.machine.bytes_moved.lock() == before { quiet + 1 } else { 0 };
         }
     }
 
@@ -489,6 +509,27 @@ fn settings() -> ProptestConfig {
         max_shrink_iters: 20_000,
         ..given
     }
+}
+
+/// A server connection that dies while it is made ready for a client, which has sent nothing on it, is replaced.
+#[tokio::test]
+async fn a_server_connection_that_dies_before_its_use_is_nobodys_business() {
+    let mut world = World::new().await;
+    let mut seats = [world.seat(), world.seat()];
+    let say = async |seats: &mut [Seat; 2], who: usize, text: &str| {
+        seats[who].say(&encode(&[Say::Query(text.into())])).await;
+        world.settle(seats).await;
+        world.check(seats);
+        assert!(!seats.iter().any(Seat::waits), "{text}");
+    };
+    say(&mut seats, 0, "SET work_mem = 'v1'").await;
+    *world.machine.poison.lock() = Some("RESET");
+    say(&mut seats, 1, "SHOW work_mem").await;
+    assert!(world.machine.poison.lock().is_none(), "nobody has died");
+    *world.machine.poison.lock() = Some("set_config");
+    say(&mut seats, 0, "SHOW work_mem").await;
+    assert!(world.machine.poison.lock().is_none(), "nobody has died");
+    assert_eq!(world.pool.connections(), (1, 1));
 }
 
 proptest! {

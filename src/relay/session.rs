@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use bytes::{BufMut as _, BytesMut};
 
 use super::lex::Lex;
+use super::named::Named;
 use super::names::{self, Use, Verb};
 use super::{scan, track};
 use crate::config::PoolMode;
@@ -26,7 +27,6 @@ use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr};
 use crate::wire::message;
 
-type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
 /// What becomes of a frame.
@@ -228,7 +228,9 @@ pub struct Session {
     sync_in_copy: bool,
     residue: Residue,
     queries: u32,
-    named: HashMap<Arc<[u8]>, Arc<Statement>>,
+    named: Named,
+    /// What they may take (bytes); 0 is no limit.
+    max_named: usize,
     /// Names of statements that SQL has prepared.
     by_sql: HashSet<Box<[u8]>>,
     unnamed: Option<Unnamed>,
@@ -284,7 +286,8 @@ impl Session {
             sync_in_copy: false,
             residue: Residue::none(),
             queries: 0,
-            named: HashMap::default(),
+            named: Named::default(),
+            max_named: 0,
             by_sql: HashSet::default(),
             unnamed: None,
             unnamed_serial: 0,
@@ -295,6 +298,12 @@ impl Session {
             scope: Box::default(),
             takes_away: false,
         }
+    }
+
+    /// The same with a limit for the memory (bytes) that the statements take which the client has prepared by name.
+    #[must_use]
+    pub fn with_max_named(self, max_named: usize) -> Self {
+        Self { max_named, ..self }
     }
 
     /// Whether the server connection may go back.
@@ -737,6 +746,9 @@ impl Session {
             self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
             return Ok(Verdict::Instead);
         }
+        if self.named.is_full(name, body, self.max_named) {
+            return Ok(self.refuse_parse(false, too_many_names(self.max_named), out));
+        }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
         if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
@@ -836,6 +848,9 @@ impl Session {
         }
         let (name, body) = cstr(&unseen[HEADER..header.total])?;
         if name.is_empty() || self.named.contains_key(name) || self.by_sql.contains(name) {
+            return None;
+        }
+        if self.named.is_full(name, body, self.max_named) {
             return None;
         }
         let statement = registry.accepted(&self.scope, body)?;
@@ -1363,7 +1378,7 @@ impl Session {
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
             Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
-            _ if self.rename_in_error(frame, out) => Verdict::Instead,
+            _ if self.rename_in_error(frame, out) || explain_denied_lock(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
         if self.expects.front().is_none_or(ends_by_itself) {
@@ -1527,6 +1542,29 @@ enum Resolved {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("unexpected message {:?} from the server", char::from(*.0))]
 pub struct Desync(pub u8);
+
+/// Advisory locks have a key space per tenant, by functions in the place of PostgreSQL's: under a `search_path` of the
+/// client's own these are not found, and PostgreSQL's may not be called.
+fn explain_denied_lock(frame: &[u8], out: &mut BytesMut) -> bool {
+    let error = server_error(frame.get(HEADER..).unwrap_or_default());
+    let denied = error.code == sqlstate::INSUFFICIENT_PRIVILEGE && error.hint.is_none();
+    if !denied
+        || !error.message.starts_with("permission denied for function pg_")
+        || !error.message.contains("advisory")
+    {
+        return false;
+    }
+    let hint =
+        "Name tenant_shim in your search_path behind your own schemas, or call tenant_shim's function of that name.";
+    message::error_response(out, &error.hint(hint));
+    true
+}
+
+fn too_many_names(max: usize) -> PgError {
+    PgError::error(sqlstate::LIMIT_EXCEEDED, "too many prepared statements (max_client_prepared_memory)")
+        .detail(format!("What this connection has prepared by name may take {max} bytes of the proxy's memory."))
+        .hint("Close statements that are not used any more (DEALLOCATE ALL), or raise max_client_prepared_memory.")
+}
 
 fn malformed(kind: &str) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid {kind} message"))

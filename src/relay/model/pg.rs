@@ -557,7 +557,7 @@ impl Pg {
 
     fn select(&mut self, sql: &str, words: &[&str]) -> Done {
         if sql.starts_with("SELECT EXISTS (SELECT FROM pg_catalog.pg_class") {
-            return self.probe();
+            return self.probe(sql);
         }
         let one = |row: Vec<Option<String>>| Ok((Some(row), "SELECT 1".to_owned()));
         if sql.contains("current_setting(") {
@@ -597,19 +597,21 @@ impl Pg {
     }
 
     /// What pgusher asks.
-    fn probe(&self) -> Done {
+    fn probe(&self, sql: &str) -> Done {
         let holds = |held: bool| Some(if held { "t" } else { "f" }.to_owned());
         let listed = self.state.kept.iter().filter(|(name, _)| !name.contains('.'));
         let listed: BTreeMap<_, _> = listed.collect();
         let by_sql = self.prepared.values().any(|statement| statement.by_sql);
-        let row = vec![
+        let mut row = vec![
             holds(!self.state.temp.is_empty()),
             holds(!self.state.cursors.is_empty()),
             holds(by_sql),
             None,
             holds(!self.locks.is_empty()),
-            Some(serde_json::to_string(&listed).unwrap()),
         ];
+        // Who may take other roles is asked.
+        row.extend(sql.contains("current_setting('role')").then(|| Some("none".to_owned())));
+        row.push(Some(serde_json::to_string(&listed).unwrap()));
         Ok((Some(row), "SELECT 1".into()))
     }
 }
