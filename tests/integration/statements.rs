@@ -297,3 +297,34 @@ async fn answers_of_ours_do_not_break_into_a_long_message() {
         assert!(said[1].body.len() > 50_000 && said[1].body.ends_with(&[0, 0]));
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_prepares_without_end_is_refused_and_goes_on() {
+    for mode in [PoolMode::Auto, PoolMode::Transaction] {
+        let world = World::start(|config| {
+            config.pool.pool_mode = mode;
+            config.pool.max_client_prepared_memory = 64 << 10;
+        })
+        .await;
+        let mut client = world.raw("client_001").await;
+        let mut kept = 0;
+        let refused = loop {
+            let said = prepare(&mut client, &format!("s{kept}"), "SELECT 1").await;
+            if said != "1 Z(I)" {
+                break said;
+            }
+            kept += 1;
+            assert!(kept < 1_000, "it is never refused");
+        };
+        assert_eq!(refused, "E(53400) Z(I)");
+        // What it has works, in a transaction it is an error like others, and room can be made.
+        assert_eq!(run(&mut client, "s0", &[]).await, "2 D(1) C(SELECT 1) Z(I)");
+        client.query("BEGIN").await;
+        assert_eq!(prepare(&mut client, "more", "SELECT 2").await, "E(53400) Z(E)");
+        client.query("ROLLBACK").await;
+        assert_eq!(prepare(&mut client, "", "SELECT 3").await, "1 Z(I)");
+        assert_eq!(show(&client.query("DEALLOCATE ALL").await), "C(DEALLOCATE ALL) Z(I)");
+        assert_eq!(prepare(&mut client, "more", "SELECT 2").await, "1 Z(I)");
+        assert_eq!(run(&mut client, "more", &[]).await, "2 D(2) C(SELECT 1) Z(I)");
+    }
+}

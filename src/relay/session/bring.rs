@@ -40,6 +40,7 @@ impl Session {
     /// Prepares what the unnamed statement names.
     pub(super) fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         if let Some(events @ Some(_)) = self.unnamed.as_ref().map(|unnamed| unnamed.events.clone()) {
+            self.note_used(&events);
             self.bring_all(&events, max, link, out);
         }
     }
@@ -49,10 +50,12 @@ impl Session {
         let shared = |event: &Event| Some((event.verb, event.shared.clone()?));
         let mut used: Vec<_> = events.iter().flat_map(|events| events.iter()).filter_map(shared).collect();
         used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
+        // What has not been answered may end it.
+        let failed = self.status == b'E' && !self.expects.iter().any(super::ends_by_itself);
         for (verb, statement) in used {
             if verb == Verb::Execute {
                 // A transaction that has failed takes no statement, but an empty one.
-                if self.status == b'E' {
+                if failed {
                     continue;
                 }
                 self.bring_one(&statement, max, link, out);
