@@ -1178,7 +1178,7 @@ impl Session {
     /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
     fn notice(&mut self) -> Verdict {
         match self.expects.front_mut() {
-            Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedStep(_)) => Verdict::Swallow,
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Verdict::Swallow,
             Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
                 parsed.in_scope = false;
                 Verdict::Forward

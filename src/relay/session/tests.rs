@@ -319,6 +319,12 @@ fn what_is_said_of_a_text_is_said_each_time_the_client_prepares_it() {
     both.prepared = Prepared::default();
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
     assert_eq!(both.servers(&[notice, (b'1', b""), (b'2', b"")]), "2");
+    both.client(b'S', b"");
+    both.servers(&[READY]);
+    // And if the name is taken, which is found out later.
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'P', b"a\0SELECT '\\'\0\0\0").0, "CPP");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), ERROR]), "NE");
 }
 
 #[test]
