@@ -28,6 +28,10 @@ pub struct Residue {
     pub databases: bool,
     /// Prepared statements may be listed, which leaves nothing.
     pub lists: bool,
+    /// Process ids of the server's may be among what it is about, which leaves nothing.
+    pub processes: bool,
+    /// The server is asked for the session's own process id, which leaves nothing.
+    pub own_process: bool,
     /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
     pub rescopes: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
@@ -82,6 +86,8 @@ impl Residue {
         self.lists |= other.lists;
         self.rescopes |= other.rescopes;
         self.databases |= other.databases;
+        self.processes |= other.processes;
+        self.own_process |= other.own_process;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

@@ -3,6 +3,7 @@
 //! One task per client. It waits without a server connection and without a buffer until a request begins, borrows a
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
+mod address;
 mod exchange;
 #[cfg(test)]
 mod faults;
@@ -16,6 +17,7 @@ pub mod scan;
 pub mod scope;
 pub mod session;
 pub mod settle;
+mod stand_in;
 pub mod track;
 mod watch;
 
@@ -33,7 +35,7 @@ use crate::client::signals::{Signal, Signals};
 use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::metrics::{Metrics, TenantStats, WorkerStats};
+use crate::metrics::{self, Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
@@ -43,7 +45,7 @@ use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
 use crate::violation::{self, Action, Kind, Violation};
-use crate::wire::frame::{self, HEADER};
+use crate::wire::frame::{self, HEADER, until_nul};
 use crate::wire::message;
 use flow::Flow;
 use guard::{Neighbours, Seat};
@@ -162,6 +164,8 @@ pub fn run<F: FnOnce(End) + Send>(
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
+        relay.up.put_away(&relay.worker.buffers);
+        relay.down.put_away(&relay.worker.buffers);
         drop(relay);
         at_end(end);
     }
@@ -514,14 +518,14 @@ struct Waiting<'a>(&'a WorkerStats);
 
 impl<'a> Waiting<'a> {
     fn new(stats: &'a WorkerStats) -> Self {
-        stats.clients_waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&stats.clients_waiting, 1);
         Self(stats)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.clients_waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.0.clients_waiting, -1);
     }
 }
 

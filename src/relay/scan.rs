@@ -22,6 +22,8 @@ pub struct Seen {
     pub frees: bool,
     /// It may list prepared statements.
     pub lists: bool,
+    /// It asks for the process id of the session.
+    pub own_process: bool,
     /// There is a `SET LOCAL` in it.
     pub local: bool,
 }
@@ -219,6 +221,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             return false;
         }
         self.seen.advances |= matches!(word, b"nextval" | b"setval");
+        self.seen.own_process |= word == b"pg_backend_pid";
         HARMLESS.binary_search(&word).is_err()
     }
 

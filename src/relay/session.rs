@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
+use super::address::{self, Addressed};
 use super::lex::Lex;
 use super::names::{self, Use, Verb};
 use super::{scan, scope, track};
@@ -25,7 +26,7 @@ use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
-use crate::wire::frame::{self, HEADER, Header, cstr};
+use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
@@ -42,6 +43,8 @@ pub enum Verdict {
     Instead,
     /// It goes nowhere.
     Swallow,
+    /// Nothing has happened: it is to be looked at again when what it needs is there.
+    Later,
 }
 
 /// How prepared statements are treated.
@@ -75,8 +78,43 @@ pub trait Ward {
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
     /// A text goes through that may change what later ones mean, or is run later.
     fn remember(&self, text: &[u8], lex: Lex);
+    /// The server process that stands for a client, given the process id that the client was told; for a client without
+    /// one there will be one, if it is to be `signalled`. `None` if the id is to stay what it is.
+    fn process(&self, _pid: u32, _signalled: bool) -> Option<u32> {
+        None
+    }
+    /// Whether there is no process yet for a client that is to be signalled.
+    fn is_missing(&self) -> bool {
+        false
+    }
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
+}
+
+/// A Bind of which everything behind the tag and before the end has `length` bytes.
+fn put_bind(out: &mut BytesMut, length: usize, portal: &[u8], statement: &[u8], values: &[u8]) {
+    out.put_u8(b'B');
+    // Fits: the client's own length did, and our names are short.
+    out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    out.extend_from_slice(portal);
+    out.put_u8(0);
+    out.extend_from_slice(statement);
+    out.put_u8(0);
+    out.extend_from_slice(values);
+}
+
+/// What becomes of a statement's text, or of its values, in which process ids may stand.
+fn addressed(
+    text: &[u8],
+    ward: &dyn Ward,
+    replace: impl FnOnce(&dyn Fn(u32) -> Option<u32>) -> Option<Vec<u8>>,
+) -> Addressed {
+    let signalled = address::signals(text);
+    let said = replace(&|pid| ward.process(pid, signalled));
+    if ward.is_missing() {
+        return Addressed::Later;
+    }
+    said.map_or(Addressed::AsItIs, Addressed::Said)
 }
 
 fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
@@ -91,6 +129,8 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
+        residue.own_process = seen.own_process;
+        residue.processes = residue.unknown && address::takes_processes(text);
         residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
@@ -234,6 +274,8 @@ pub struct Session {
     untidy: bool,
     /// What the same text means something else in another of; see [`scope`].
     scope: Box<str>,
+    /// The client has prepared something that takes process ids.
+    addresses: bool,
     /// It may be another until the transaction ends.
     rescopes: bool,
     /// A Query has let the server forget the state of sequences.
@@ -290,6 +332,7 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
+            addresses: false,
             rescopes: false,
             forgot_sequences: false,
             renames: false,
@@ -356,7 +399,7 @@ impl Session {
             b"" => self.unnamed.as_ref()?.body.as_slice(),
             name => &self.named.get(name)?.body,
         };
-        body.split(|&b| b == 0).next()
+        Some(until_nul(body))
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -407,6 +450,12 @@ impl Session {
         std::mem::take(&mut self.residue.databases)
     }
 
+    /// Whether the client has just asked for the process id of its session; asked once.
+    #[inline]
+    pub fn asks_for_process(&mut self) -> bool {
+        std::mem::take(&mut self.residue.own_process)
+    }
+
     /// Whether anything may be left behind.
     #[inline]
     pub fn has_residue(&self) -> bool {
@@ -428,6 +477,7 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
+        self.residue.own_process |= residue.own_process;
         self.rescopes |= residue.rescopes;
         if !residue.is_none() {
             self.residue.merge(residue);
@@ -549,7 +599,7 @@ impl Session {
     }
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
-        let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&frame[HEADER..]);
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
@@ -558,6 +608,16 @@ impl Session {
             }
         };
         let whole = frame.len() == header.total;
+        let addressed = match residue.processes && whole {
+            true => addressed(text, link.ward, |process| address::in_text(text, process)),
+            false => Addressed::AsItIs,
+        };
+        let addressed = match addressed {
+            Addressed::AsItIs => None,
+            Addressed::Said(text) => Some(text),
+            Addressed::Later => return Verdict::Later,
+        };
+        let text = addressed.as_deref().unwrap_or(text);
         self.note_residue(&residue, whole);
         self.note_sequences(&residue, true, link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
@@ -577,8 +637,8 @@ impl Session {
         self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
-        match translated {
-            Some(text) => message::query_bytes(out, &text),
+        match translated.as_ref().or(addressed.as_ref()) {
+            Some(text) => message::query_bytes(out, text),
             None if out.is_empty() => return Verdict::Forward,
             None => out.extend_from_slice(frame),
         }
@@ -665,7 +725,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         let whole = frame.len() == header.total;
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
@@ -685,8 +745,9 @@ impl Session {
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
+        self.addresses |= residue.processes;
         if name.is_empty() {
-            return Ok(self.parse_unnamed(text, body, whole, residue, link, out));
+            return Ok(self.parse_addressed(text, body, whole, residue, link, out));
         }
         if self.by_sql.contains(name) {
             // The server says that the name is taken, or that something else is wrong.
@@ -738,6 +799,34 @@ impl Session {
         for answer in *b"31" {
             self.push_extended(Expect::InjectedStep(answer));
         }
+    }
+
+    /// The unnamed statement, with the server's process ids: it is usually bound at once.
+    fn parse_addressed(
+        &mut self,
+        text: &[u8],
+        body: &[u8],
+        whole: bool,
+        residue: Residue,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Verdict {
+        let addressed = match residue.processes && whole {
+            true => addressed(text, link.ward, |process| address::in_text(text, process)),
+            false => Addressed::AsItIs,
+        };
+        let said = match addressed {
+            Addressed::AsItIs => return self.parse_unnamed(text, body, whole, residue, link, out),
+            Addressed::Later => return Verdict::Later,
+            Addressed::Said(said) => said,
+        };
+        let body = [&said, &body[text.len()..]].concat();
+        let verdict = self.parse_unnamed(&said, &body, whole, residue, link, out);
+        if verdict != Verdict::Forward {
+            return verdict;
+        }
+        message::parse_with(out, b"", &body);
+        Verdict::Instead
     }
 
     fn parse_unnamed(
@@ -794,10 +883,11 @@ impl Session {
         }
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         if ward.looks() && see(text, ward).0.suspicious {
             return None;
         }
+        self.addresses |= statement.residue.processes;
         self.named.insert(name.into(), statement);
         answers.extend_from_slice(&[b'1', 0, 0, 0, 4]);
         message::ready_for_query(answers, b'I');
@@ -840,6 +930,16 @@ impl Session {
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
         let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
+        let whole = frame.len() == header.total;
+        let addressed = match self.addresses && whole {
+            true => self.address_values(name, values, link.ward),
+            false => Addressed::AsItIs,
+        };
+        let addressed = match addressed {
+            Addressed::AsItIs => None,
+            Addressed::Said(values) => Some(values),
+            Addressed::Later => return Ok(Verdict::Later),
+        };
         if let Some(error) = self.miscounted(name, values, link.prepared) {
             return Ok(self.refuse_parse(error, out));
         }
@@ -847,13 +947,12 @@ impl Session {
             return Ok(self.unknown(out));
         };
         self.bound = None;
-        let whole = frame.len() == header.total;
         if name.is_empty() {
             self.bind_unnamed(values, whole, max, link, out);
         }
         let mut shared = None;
         let verdict = match statement {
-            Resolved::AsNamed if out.is_empty() => Verdict::Forward,
+            Resolved::AsNamed if out.is_empty() && addressed.is_none() => Verdict::Forward,
             Resolved::Shared(statement, clients, events) => {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
@@ -862,24 +961,51 @@ impl Session {
                 if statement.residue.lists {
                     self.hide_others(Some(statement.id), link, out);
                 }
-                out.put_u8(b'B');
-                let length = header.total - 1 - name.len() + statement.name.len();
-                // Fits: the client's own length did, and our names are short.
-                out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-                out.extend_from_slice(portal);
-                out.put_u8(0);
-                out.extend_from_slice(&statement.name);
-                out.put_u8(0);
-                out.extend_from_slice(values);
+                let said = addressed.as_deref().unwrap_or(values);
+                let length = header.total - 1 - name.len() - values.len() + statement.name.len() + said.len();
+                put_bind(out, length, portal, &statement.name, said);
                 Verdict::Replace
             }
             Resolved::AsNamed | Resolved::Injected => {
-                out.extend_from_slice(frame);
+                match addressed {
+                    Some(said) => {
+                        put_bind(out, header.total - 1 - values.len() + said.len(), portal, name, &said);
+                    }
+                    None => out.extend_from_slice(frame),
+                }
                 Verdict::Replace
             }
         };
         self.push_extended(Expect::Bind(shared));
         Ok(verdict)
+    }
+
+    /// The values that are bound to a statement, with the server's process ids; its text is looked at, too.
+    fn address_values(&self, name: &[u8], values: &[u8], ward: &dyn Ward) -> Addressed {
+        let (residue, body) = match name {
+            b"" => self.unnamed.as_ref().map(|unnamed| (&unnamed.residue, unnamed.body.as_slice())),
+            name => self.named.get(name).map(|statement| (&statement.residue, &*statement.body)),
+        }
+        .unzip();
+        if !residue.is_some_and(|residue| residue.processes) {
+            return Addressed::AsItIs;
+        }
+        let text = body.unwrap_or_default().split(|&b| b == 0).next().unwrap_or_default();
+        addressed(text, ward, |process| {
+            let _ = address::in_text(text, process);
+            address::in_values(values, process)
+        })
+    }
+
+    /// A statement with the server's process ids in its text, as they are now.
+    fn addressed_now(&self, statement: Arc<Statement>, link: &Link<'_>) -> Arc<Statement> {
+        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let signalled = address::signals(text);
+        let Some(mut body) = address::in_text(text, |pid| link.ward.process(pid, signalled)) else {
+            return statement;
+        };
+        body.extend_from_slice(&statement.body[text.len()..]);
+        link.registry.intern(&self.scope, &body, || statement.residue.clone())
     }
 
     fn note_bound(&mut self, residue: &Residue, values: &[u8], whole: bool) {
@@ -927,6 +1053,7 @@ impl Session {
         let (name, statement) = (name.clone(), statement.clone());
         let (statement, events) =
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
+        let statement = if statement.residue.processes { self.addressed_now(statement, link) } else { statement };
         self.bring_apart(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
     }

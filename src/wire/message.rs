@@ -90,7 +90,7 @@ impl<'a> Cursor<'a> {
     /// # Errors
     /// [`Malformed::String`] if no terminator follows.
     pub fn cstr(&mut self) -> Result<&'a [u8], Malformed> {
-        let end = self.rest.iter().position(|&b| b == 0).ok_or(Malformed::String)?;
+        let end = memchr::memchr(0, self.rest).ok_or(Malformed::String)?;
         let text = &self.rest[..end];
         self.rest = &self.rest[end + 1..];
         Ok(text)

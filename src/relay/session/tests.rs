@@ -53,7 +53,7 @@ impl Both {
         self.session.flush_ours(&mut answers);
         let sent = match verdict {
             Verdict::Forward => frame,
-            Verdict::Swallow => Vec::new(),
+            Verdict::Swallow | Verdict::Later => Vec::new(),
             Verdict::Replace | Verdict::Instead => out.to_vec(),
         };
         (tags(&sent), tags(&answers))
@@ -66,7 +66,7 @@ impl Both {
         let mut out = BytesMut::new();
         let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
             Verdict::Forward => frame,
-            Verdict::Swallow => Vec::new(),
+            Verdict::Swallow | Verdict::Later => Vec::new(),
             Verdict::Replace | Verdict::Instead => out.to_vec(),
         };
         let mut answers = BytesMut::new();
