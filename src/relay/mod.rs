@@ -14,7 +14,6 @@ pub mod mention;
 pub mod names;
 mod notify;
 pub mod scan;
-pub mod scope;
 pub mod session;
 pub mod settle;
 mod stand_in;
