@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
+use crate::pool::scope;
 
 use super::watch::{Guard, Refused, attempt};
 use super::*;
@@ -198,7 +199,8 @@ impl Relay {
         if Arc::ptr_eq(params, &self.client.params) && Arc::ptr_eq(carried, &self.carried) {
             return;
         }
-        self.session.set_scope(scope::of(&self.base, &self.client.params, &self.carried));
+        let scope = scope::of(&self.base, &self.client.params, &self.carried);
+        self.session.set_scope(scope, &self.pool.statements);
         self.scoped = (self.client.params.clone(), self.carried.clone());
     }
 

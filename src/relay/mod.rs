@@ -17,7 +17,6 @@ mod named;
 pub mod names;
 mod notify;
 pub mod scan;
-pub mod scope;
 pub mod session;
 pub mod settle;
 mod stand_in;

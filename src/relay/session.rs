@@ -20,12 +20,13 @@ use super::address::{self, Addressed};
 use super::lex::Lex;
 use super::named::Named;
 use super::names::{self, Use, Verb};
-use super::{scan, scope, track};
+use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
@@ -444,7 +445,15 @@ impl Session {
     }
 
     /// Notes what the client's settings have come to; see [`scope::of`].
-    pub fn set_scope(&mut self, scope: String) {
+    pub fn set_scope(&mut self, scope: String, registry: &Registry) {
+        if *self.scope == *scope {
+            return;
+        }
+        for statement in self.named.values_mut() {
+            if let Some(there) = registry.used_in(statement, &scope) {
+                *statement = there;
+            }
+        }
         self.scope = scope.into();
     }
 
@@ -1379,7 +1388,7 @@ impl Session {
     /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
     fn notice(&mut self) -> Verdict {
         match self.expects.front_mut() {
-            Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedStep(_)) => Verdict::Swallow,
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Verdict::Swallow,
             Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
                 parsed.in_scope = false;
                 Verdict::Forward

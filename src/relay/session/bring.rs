@@ -10,10 +10,10 @@ use bytes::BytesMut;
 
 use super::{Event, Events, Expect, Link, Session, Statements};
 use crate::error::{PgError, sqlstate};
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
-use crate::relay::scope;
 use crate::tenant::sql::Literal;
 use crate::wire::message;
 

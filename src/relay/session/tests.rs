@@ -320,6 +320,12 @@ fn what_is_said_of_a_text_is_said_each_time_the_client_prepares_it() {
     both.prepared = Prepared::default();
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
     assert_eq!(both.servers(&[notice, (b'1', b""), (b'2', b"")]), "2");
+    both.client(b'S', b"");
+    both.servers(&[READY]);
+    // And if the name is taken, which is found out later.
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'P', b"a\0SELECT '\\'\0\0\0").0, "CPP");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), ERROR]), "NE");
 }
 
 #[test]
@@ -340,7 +346,7 @@ fn a_name_that_only_has_to_be_there_is_given_to_anything() {
 #[test]
 fn a_statement_is_parsed_again_where_it_was_parsed() {
     let mut both = Both::new(PoolMode::Auto);
-    both.session.set_scope("search_path\0\0".to_owned());
+    both.session.set_scope("search_path\0\0".to_owned(), &both.registry);
     both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
     both.client(b'P', b"b\0COMMIT\0\0\0");
     both.client(b'S', b"");
@@ -350,7 +356,7 @@ fn a_statement_is_parsed_again_where_it_was_parsed() {
     both.client(b'S', b"");
     both.servers(&[(b'1', b""), (b'2', b""), READY]);
     both.prepared = Prepared::default();
-    both.session.set_scope(String::new());
+    both.session.set_scope(String::new(), &both.registry);
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PBECCPPBECCSB", "there, and back");
     both.client(b'S', b"");
     let step = [(b'1', &b""[..]), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];
