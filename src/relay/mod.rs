@@ -206,6 +206,8 @@ struct Relay {
     held: bool,
     /// The client has seeded `random()` on the server connection that it keeps.
     seeded: bool,
+    /// The client has written down the process id of the server connection that it keeps.
+    known_by_process: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server connection's settings are no longer the client's, which are known.
@@ -276,6 +278,7 @@ impl Relay {
             ears: None,
             held: false,
             seeded: false,
+            known_by_process: false,
             leaving: false,
             held_up: false,
             has_params: false,

@@ -131,7 +131,8 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
         residue.own_process = seen.own_process;
-        residue.processes = residue.unknown && address::takes_processes(text);
+        residue.processes = seen.processes || (residue.unknown && address::takes_processes(text));
+        residue.stores_process = seen.own_process && track::stores(text, ward.lex());
         residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
@@ -517,7 +518,7 @@ impl Session {
             // They are known when values are bound.
             self.residue.parameters.clear();
             if self.pool_mode != PoolMode::Auto {
-                (self.residue.asks, self.residue.frees) = (false, false);
+                (self.residue.asks, self.residue.frees, self.residue.stores_process) = (false, false, false);
             }
         }
     }
