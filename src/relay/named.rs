@@ -42,9 +42,9 @@ impl Named {
         self.map.values()
     }
 
-    #[cfg(test)]
-    pub(super) fn names(&self) -> Vec<&[u8]> {
-        self.map.keys().map(|name| &**name).collect()
+    /// For statements in the place of others with the same text.
+    pub(super) fn values_mut(&mut self) -> impl Iterator<Item = &mut Arc<Statement>> {
+        self.map.values_mut()
     }
 
     pub(super) fn insert(&mut self, name: Arc<[u8]>, statement: Arc<Statement>) -> Option<Arc<Statement>> {

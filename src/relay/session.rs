@@ -1701,8 +1701,7 @@ fn explain_denied_lock(frame: &[u8], out: &mut BytesMut) -> bool {
     {
         return false;
     }
-    let hint =
-        "Name tenant_shim in your search_path behind your own schemas, or call tenant_shim's function of that name.";
+    let hint = "End your search_path with \"tenant_shim, pg_catalog\", or call tenant_shim's function of that name.";
     message::error_response(out, &error.hint(hint));
     true
 }

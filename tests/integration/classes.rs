@@ -556,7 +556,7 @@ async fn advisory_locks_under_an_own_search_path() {
     assert_eq!(error.code(), "42501");
     assert!(error.field(b'H').contains("tenant_shim"), "{}", error.field(b'H'));
     assert_eq!(one.value("SELECT tenant_shim.pg_try_advisory_lock(7)").await, "t");
-    one.query("SET search_path = client_001, tenant_shim").await;
+    one.query("SET search_path = client_001, tenant_shim, pg_catalog").await;
     assert_eq!(one.value("SELECT pg_try_advisory_lock(8)").await, "t");
     // Kept from others of the tenant, not from other tenants.
     let mut again = world.raw("client_001").await;
