@@ -187,6 +187,8 @@ enum Expect {
     InjectedQuery,
     /// A step of the extended protocol of ours, to be answered by this.
     InjectedStep(u8),
+    /// A Parse of nothing under the name of the statement with this number, which somebody names who does not run it.
+    InjectedEmpty(u64),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
     CopyEnd,
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
@@ -662,15 +664,13 @@ impl Session {
         let events = self.events(&uses);
         let translated = translate(text, &uses, &events);
         self.note_used(&events);
-        if !self.open_group {
-            // An aborted transaction may be over by then.
-            let takes_more = self.status != b'E' || !self.expects.is_empty();
-            if residue.lists && takes_more && self.hide_others(None, link, out) {
-                message::sync(out);
-                self.expects.push_back(Expect::InjectedSync);
-            }
-            self.bring_to_query(&events, link, out);
+        // An aborted transaction may be over by then.
+        let takes_more = self.status != b'E' || !self.expects.is_empty();
+        if residue.lists && takes_more && !self.open_group && self.hide_others(None, link, out) {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
         }
+        self.bring_to_query(&events, link, out);
         self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
@@ -1366,7 +1366,7 @@ impl Session {
                     self.named.insert(taken.by.name, taken.statement);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
+                Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedEmpty(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
@@ -1512,9 +1512,7 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_))
-                if self.is_in_group_of_ours() =>
-            {
+            Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
                 self.note_unprepared(server_error(&frame[HEADER..]));
                 Verdict::Swallow
             }
@@ -1574,8 +1572,7 @@ impl Session {
 
     /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
     fn is_in_group_of_ours(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_));
-        matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
+        matches!(self.expects.iter().find(|e| !is_step_of_ours(e)), Some(Expect::InjectedSync))
     }
 
     /// Takes back what was noted when a message was sent that the server has not carried out.
@@ -1588,6 +1585,7 @@ impl Session {
             Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => self.undo_unnamed(turn, prepared),
             Expect::InjectedUnnamed => prepared.unnamed = prepared.unnamed.filter(|o| *o != self.unnamed_owner()),
             Expect::Injected(id) => prepared.remove(id),
+            Expect::InjectedEmpty(id) => drop(prepared.put_right(id)),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
             Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
@@ -1633,6 +1631,14 @@ impl Session {
             !ignored
         });
     }
+}
+
+/// Whether it is a message of ours, for what the client says behind it.
+fn is_step_of_ours(expect: &Expect) -> bool {
+    matches!(
+        expect,
+        Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_) | Expect::InjectedEmpty(_)
+    )
 }
 
 /// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.

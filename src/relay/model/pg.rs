@@ -397,8 +397,8 @@ impl Pg {
         if sql.starts_with("refused") {
             return Err(error("42601", "syntax error"));
         }
-        // That is never a client's.
-        if sql != "DISCARD SEQUENCES" {
+        // These are never a client's.
+        if sql != "DISCARD SEQUENCES" && !sql.starts_with("SELECT WHERE ") {
             message::notice_response(out, "NOTICE", &error("00000", self.view()));
         }
         self.check_failed(sql)?;

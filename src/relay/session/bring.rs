@@ -26,12 +26,12 @@ impl Session {
         self.rescopes || self.residue.resets || self.residue.settings.iter().any(|name| scope::has(name))
     }
 
-    /// Prepares what a Query needs, in a group of messages of ours.
+    /// Prepares what a Query needs, in a group of messages of ours; in the client's, if it has not ended one before.
     pub(super) fn bring_to_query(&mut self, events: &Events, link: &mut Link<'_>, out: &mut BytesMut) {
         let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
+        let (before, apart) = (self.expects.len(), !self.open_group);
         self.bring_all(events, max, link, out);
-        if self.expects.len() > before {
+        if apart && self.expects.len() > before {
             message::sync(out);
             self.expects.push_back(Expect::InjectedSync);
         }
@@ -62,7 +62,7 @@ impl Session {
             } else if !link.prepared.touch(statement.id) && !link.prepared.is_squatted(statement.id) {
                 message::parse(out, &statement.name, b"", &[0, 0]);
                 link.prepared.squat(statement.id);
-                self.push_extended(Expect::InjectedStep(b'1'));
+                self.push_extended(Expect::InjectedEmpty(statement.id));
             }
         }
     }
