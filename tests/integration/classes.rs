@@ -381,6 +381,23 @@ async fn class_12_every_kind_of_temporary_object_is_kept() {
     }
 }
 
+/// What the client says about plans must not make the proxy's own questions dear: they would be compiled.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_12_what_a_client_tells_the_planner_is_not_about_us() {
+    let world = world().await;
+    let mut one = world.raw("client_001").await;
+    for way in ["seqscan", "indexscan", "indexonlyscan", "bitmapscan", "tidscan"] {
+        one.query(&format!("SET enable_{way} = off")).await;
+    }
+    one.query("CREATE TEMP TABLE x (a int)").await;
+    world.metric_until("pgusher_pinned_clients{reason=\"temp\"}", 1.0).await;
+    assert_eq!(one.value("SHOW jit").await, "on");
+    one.query("DROP TABLE x").await;
+    world.metric_until("pgusher_pinned_clients{reason=\"temp\"}", 0.0).await;
+    assert_eq!(one.value("SHOW jit").await, "on");
+    assert_eq!(one.value("SHOW enable_seqscan").await, "off");
+}
+
 /// Who asks for the state of sequences gets its own, and keeps its server connection for that.
 #[tokio::test(flavor = "multi_thread")]
 async fn class_12_sequences_say_what_this_session_did() {
