@@ -1,7 +1,7 @@
 //! A model test whose model is PostgreSQL itself: random sessions of several clients run on a server, and through
 //! `pool_mode = "auto"` over fewer server connections than clients. Every answer must be the same.
 //!
-//! `make test-model STATEMENTS=1000000 SEED=1 JOBS=2` runs it at length (`SECONDS=150`: for no longer than
+//! `make test-model STATEMENTS=1000000 SEED=1 JOBS=2` runs it at length (`MAX_SECONDS=150`: for no longer than
 //! that). A case that fails is shown with as few steps as still show it; `CASE=<its seed>` runs that case alone.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
@@ -37,7 +37,7 @@ async fn run(statements: usize, seed: u64, jobs: usize) -> usize {
     let (pair, done, wrong) =
         (Arc::new(Pair::start().await), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     // Whole cases, until one of the two is reached.
-    let until = number("SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let until = number("MAX_SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let most = number("FAILURES").map_or(3, |n| usize::try_from(n).unwrap());
     let job = async |job: usize| {
         let (pair, done, wrong) = (pair.clone(), done.clone(), wrong.clone());

@@ -661,7 +661,7 @@ impl Session {
         link.prepared.unnamed = None;
         self.queries += 1;
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
-        let events = self.events(&uses);
+        let events = self.events(&uses, link.registry);
         let translated = translate(text, &uses, &events);
         self.note_used(&events);
         // An aborted transaction may be over by then.
@@ -690,7 +690,7 @@ impl Session {
     }
 
     /// What they mean one after the other: a name that was taken away is the server's business from there on.
-    fn events(&self, uses: &[Use]) -> Events {
+    fn events(&self, uses: &[Use], registry: &Registry) -> Events {
         let mut events = VecDeque::with_capacity(uses.len());
         for found in uses {
             let gone = events.iter().any(|before: &Event| match before.verb {
@@ -698,7 +698,14 @@ impl Session {
                 Verb::Deallocate => before.name == found.name,
                 Verb::Prepare | Verb::Execute => false,
             });
-            let shared = if gone { None } else { self.named.get(&*found.name).cloned() };
+            let meant = |found: &Use| self.named.get(&*found.name);
+            let mut shared = if gone { None } else { meant(found).cloned() };
+            // It may have another name in the same text, and is needed under that: something else is taken away.
+            let same =
+                |other: &Use| other.name != found.name && meant(other).map(|s| s.id) == meant(found).map(|s| s.id);
+            if shared.is_some() && found.verb == Verb::Deallocate && uses.iter().any(same) {
+                shared = Some(registry.intern(&format!("\0{}", events.len()), b"\0\0\0", Residue::none));
+            }
             events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
         (!events.is_empty()).then(|| Box::new(events))
@@ -890,7 +897,7 @@ impl Session {
     ) -> Verdict {
         self.note_residue(&residue, whole);
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
-        let events = self.events(&uses);
+        let events = self.events(&uses, link.registry);
         let translated =
             translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
         let said = events.is_some().then(|| body.into());
@@ -1149,7 +1156,7 @@ impl Session {
     ) -> (Arc<Statement>, Events) {
         let text = statement.text();
         let uses = names::uses(text, link.ward.lex());
-        let events = self.events(&uses);
+        let events = self.events(&uses, link.registry);
         let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
         self.bring_all(&events, max, link, out);
         self.note_used(&events);

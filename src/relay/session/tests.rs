@@ -344,6 +344,21 @@ fn a_name_that_only_has_to_be_there_is_given_to_anything() {
 }
 
 #[test]
+fn two_names_of_one_statement_are_taken_away_one_by_one() {
+    let mut both = Both::new(PoolMode::Auto);
+    for name in [&b"a\0SELECT 1\0\0\0"[..], b"b\0SELECT 1\0\0\0"] {
+        both.client(b'P', name);
+        both.client(b'S', b"");
+        both.servers(if name[0] == b'a' { &[(b'1', b""), READY] } else { &[READY] });
+    }
+    // Two names that are there, and the statement itself stays.
+    assert_eq!(both.client(b'Q', b"DEALLOCATE a; DEALLOCATE b\0").0, "PPSQ");
+    let deallocated = (b'C', &b"DEALLOCATE\0"[..]);
+    assert_eq!(both.servers(&[(b'1', b""), (b'1', b""), READY, deallocated, deallocated, READY]), "CCZ");
+    assert!(both.session.named.is_empty() && both.prepared.len() == 1);
+}
+
+#[test]
 fn a_statement_is_parsed_again_where_it_was_parsed() {
     let mut both = Both::new(PoolMode::Auto);
     both.session.set_scope("search_path\0\0".to_owned(), &both.registry);
