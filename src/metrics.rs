@@ -86,8 +86,8 @@ pub struct WorkerStats {
 }
 
 /// Why a client keeps its server connection between transactions.
-pub const PIN_REASONS: [&str; 9] =
-    ["temp", "cursor", "prepare", "listen", "lock", "role", "sequence", "seed", "unknown"];
+pub const PIN_REASONS: [&str; 10] =
+    ["temp", "cursor", "prepare", "listen", "lock", "role", "sequence", "seed", "process", "unknown"];
 
 /// Notifications, by what became of them.
 #[derive(Debug, Default)]

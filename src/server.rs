@@ -352,6 +352,7 @@ fn settle(config: &Config) -> Result<Settled, ServeError> {
             pin_timeout: pool.pin_timeout,
             server_reset_timeout: pool.server_reset_timeout,
             max_prepared_statements: pool.max_prepared_statements,
+            max_client_prepared_memory: pool.max_client_prepared_memory,
             max_packet_size: proxy.max_packet_size,
             client_idle_timeout: proxy.client_idle_timeout,
             idle_transaction_timeout: proxy.idle_transaction_timeout,

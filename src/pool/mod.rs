@@ -17,6 +17,7 @@ pub mod passwords;
 mod queue;
 pub mod recent;
 pub mod residue;
+pub mod scope;
 pub mod scram;
 pub mod shard;
 pub mod statements;

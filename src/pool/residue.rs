@@ -34,6 +34,8 @@ pub struct Residue {
     pub own_process: bool,
     /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
     pub rescopes: bool,
+    /// That id is written down where others may find it.
+    pub stores_process: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -57,7 +59,7 @@ impl Residue {
     /// Whether nothing may be left that anybody has to look after.
     #[inline]
     pub fn is_none(&self) -> bool {
-        !(self.unknown | self.resets | self.frees | self.seeds | self.asks)
+        !(self.unknown | self.resets | self.frees | self.seeds | self.asks | self.stores_process)
             && self.settings.is_empty()
             && self.parameters.is_empty()
     }
@@ -88,6 +90,7 @@ impl Residue {
         self.databases |= other.databases;
         self.processes |= other.processes;
         self.own_process |= other.own_process;
+        self.stores_process |= other.stores_process;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

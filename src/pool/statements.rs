@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::residue::Residue;
+use super::scope;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
@@ -39,6 +40,11 @@ pub struct Statement {
 impl Statement {
     /// What it was prepared in; see [`Registry::intern`].
     pub fn scope(&self) -> &str {
+        scope::home(self.place())
+    }
+
+    /// The same, and behind it where it is used, if literals are read otherwise there.
+    fn place(&self) -> &str {
         std::str::from_utf8(&self.key[self.body.len()..]).unwrap_or_default()
     }
 
@@ -144,6 +150,21 @@ impl Registry {
         known.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
+    /// The statement in the place of this one for a client whose scope is now another. A server may read the text again when it
+    /// is used, by the settings of that moment; who uses it with others must not find what has come of that.
+    pub fn used_in(&self, statement: &Statement, scope: &str) -> Option<Arc<Statement>> {
+        let home = statement.scope();
+        let place = scope::used_in(home, scope);
+        if !statement.has_scope() || *place == *statement.place() {
+            return None;
+        }
+        let found = self.intern(&place, &statement.body, || statement.residue.clone());
+        if *place != *home {
+            found.accepted.fetch_or(statement.accepted.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        Some(found)
+    }
+
     /// Nothing that was prepared so far is what a client gets that prepares the same text from now on: a table that it
     /// reads may be another one. Who has prepared it keeps it.
     pub fn forget(&self) {
@@ -151,7 +172,7 @@ impl Registry {
     }
 
     /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new. The scope says
-    /// what else its meaning depends on: see [`crate::relay::scope`].
+    /// what else its meaning depends on: see [`scope`].
     pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let key = key(scope, body);
         let mut known = self.known.lock();
@@ -299,13 +320,31 @@ mod tests {
     fn the_same_text_is_another_statement_elsewhere_if_it_has_names() {
         let registry = Registry::default();
         let select = registry.intern("", b"SELECT * FROM t\0\0\0", Residue::none);
-        let elsewhere = registry.intern("=x", b"SELECT * FROM t\0\0\0", Residue::none);
+        let elsewhere = registry.intern("search_path\0x\0", b"SELECT * FROM t\0\0\0", Residue::none);
         assert_ne!(select.id, elsewhere.id);
-        assert_eq!((select.scope(), elsewhere.scope(), elsewhere.text()), ("", "=x", &b"SELECT * FROM t"[..]));
+        assert_eq!(
+            (select.scope(), elsewhere.scope(), elsewhere.text()),
+            ("", "search_path\0x\0", &b"SELECT * FROM t"[..])
+        );
         let commit = registry.intern("", b" commit\0\0\0", Residue::none);
-        assert!(Arc::ptr_eq(&commit, &registry.intern("=x", b" commit\0\0\0", Residue::none)));
+        assert!(Arc::ptr_eq(&commit, &registry.intern("search_path\0x\0", b" commit\0\0\0", Residue::none)));
         assert!(select.has_scope() && !commit.has_scope());
         assert!(registry.intern("", b"SET a = '\\'\0\0\0", Residue::none).has_scope());
+    }
+
+    #[test]
+    fn who_uses_a_statement_with_other_settings_has_one_of_its_own() {
+        let registry = Registry::default();
+        let home = registry.intern("search_path\0\0", b"SELECT '1/2/2026'::date\0\0\0", Residue::none);
+        home.accepted.store(true, Ordering::Relaxed);
+        // Servers themselves look for another search_path.
+        assert!(registry.used_in(&home, "").is_none());
+        let there = registry.used_in(&home, "DateStyle\0German\0").unwrap();
+        assert_ne!(there.id, home.id);
+        assert!(there.scope() == home.scope() && there.accepted.load(Ordering::Relaxed));
+        assert!(registry.used_in(&there, "DateStyle\0German\0search_path\0x\0").is_none());
+        let back = registry.used_in(&there, "search_path\0x\0").unwrap();
+        assert!(Arc::ptr_eq(&back, &home));
     }
 
     #[test]

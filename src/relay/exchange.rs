@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
+use crate::pool::scope;
 
 use super::watch::{Guard, Refused, attempt};
 use super::*;
@@ -26,17 +27,17 @@ fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> 
 }
 
 impl Relay {
-    /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
-    pub(super) async fn lend(&mut self, mut lease: Lease) -> Option<End> {
+    /// Uses the server connection until the transaction, or the session, is over.
+    pub(super) async fn lend(&mut self, mut lease: Lease) -> Lent {
         let conn = lease.conn();
         let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
-        if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
-            return Some(end);
+        if !same && let Err(why) = Box::pin(self.carry_settings(&mut lease)).await {
+            return why;
         }
         if self.ears.is_some()
-            && let Err(end) = Box::pin(self.double(&mut lease)).await
+            && let Err(why) = Box::pin(self.double(&mut lease)).await
         {
-            return Some(end);
+            return why;
         }
         self.rescope();
         lease.conn().face().lend(self.client.key.pid);
@@ -62,28 +63,25 @@ impl Relay {
         match outcome {
             Outcome::Done => {
                 self.give_back(lease);
-                self.leaving.then_some(End::Left)
+                if self.leaving { Lent::Ended(End::Left) } else { Lent::Done }
             }
             Outcome::ClientGone if self.session.is_idle() && self.up.is_empty() && !self.down.in_frame() => {
                 self.give_back(lease);
-                Some(End::Left)
+                Lent::Ended(End::Left)
             }
             Outcome::ClientGone => {
                 lease.abandon();
-                Some(End::Lost)
+                Lent::Ended(End::Lost)
             }
             // Its own words, if it had any, are on their way to the client.
             Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
                 poll_fn(|cx| self.poll_send_down(cx)).await.ok();
-                Some(End::Server)
+                Lent::Ended(End::Server)
             }
-            Outcome::ServerGone => Some(End::Told(
-                PgError::fatal(sqlstate::CONNECTION_FAILURE, "the server closed the connection unexpectedly")
-                    .hint("The server process ended, or the server went down; connect again."),
-            )),
+            Outcome::ServerGone => Lent::Ended(End::Told(server_closed())),
             Outcome::Told(error) => {
                 lease.abandon();
-                Some(End::Told(error))
+                Lent::Ended(End::Told(error))
             }
         }
     }
@@ -111,17 +109,18 @@ impl Relay {
 
     /// Makes the server's settings the client's, where they differ. Happens outside any transaction, before the
     /// client's first byte is sent.
-    async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
+    async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), Lent> {
         let conn = lease.conn();
         if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
             let failed = |detail: String| {
                 let text = "could not restore the session's settings";
-                End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
+                Lent::Ended(End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail)))
             };
             match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
                 Ok(Ok(())) => {}
+                Ok(Err(error)) if error.is_the_end() => return Err(Lent::Dead),
                 Ok(Err(error)) => return Err(failed(format!("{error}."))),
                 Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
             }
@@ -168,10 +167,12 @@ impl Relay {
         }
         conn.applied = self.carried.clone();
         self.seeded |= residue.seeds;
+        self.known_by_process |= residue.stores_process;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
-        // These two are not asked of the server: they come and go with what the client says.
-        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED].contains(reason));
+        // These are not asked of the server: they come and go with what the client says.
+        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED, settle::PROCESS].contains(reason));
         pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
+        pinned = pinned.or(self.known_by_process.then_some(settle::PROCESS));
         if self.ears.is_some() || listens.is_some() {
             // The listener has patience of its own.
             let work = self.settle_ears(conn, listens, pinned, held);
@@ -200,7 +201,8 @@ impl Relay {
         if Arc::ptr_eq(params, &self.client.params) && Arc::ptr_eq(carried, &self.carried) {
             return;
         }
-        self.session.set_scope(scope::of(&self.base, &self.client.params, &self.carried));
+        let scope = scope::of(&self.base, &self.client.params, &self.carried);
+        self.session.set_scope(scope, &self.pool.statements);
         self.scoped = (self.client.params.clone(), self.carried.clone());
     }
 
@@ -370,7 +372,7 @@ impl Relay {
             if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
                 return Ok(());
             }
-            if self.session.must_wait(header) {
+            if self.session.must_wait(header, unseen) {
                 self.held_up = true;
                 return Ok(());
             }

@@ -11,10 +11,12 @@ pub mod flow;
 pub mod guard;
 pub mod lex;
 pub mod mention;
+#[cfg(test)]
+mod model;
+mod named;
 pub mod names;
 mod notify;
 pub mod scan;
-pub mod scope;
 pub mod session;
 pub mod settle;
 mod stand_in;
@@ -78,6 +80,8 @@ pub struct Rules {
     pub server_reset_timeout: Duration,
     /// Prepared statements per server connection; 0 passes names through.
     pub max_prepared_statements: usize,
+    /// What a client's statements that have names may take (bytes); 0 is no limit.
+    pub max_client_prepared_memory: usize,
     /// Longest message that is taken in whole.
     pub max_packet_size: usize,
     /// Longest silence of a client outside a transaction; zero is for ever.
@@ -202,6 +206,8 @@ struct Relay {
     held: bool,
     /// The client has seeded `random()` on the server connection that it keeps.
     seeded: bool,
+    /// The client has written down the process id of the server connection that it keeps.
+    known_by_process: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server connection's settings are no longer the client's, which are known.
@@ -222,6 +228,19 @@ enum Next {
     Leave(End),
 }
 
+/// What came of a lease.
+enum Lent {
+    /// The client goes on without.
+    Done,
+    /// The client's connection has ended.
+    Ended(End),
+    /// The server connection was dead before anything of the client's was looked at: another one will do.
+    Dead,
+}
+
+/// Server connections in a row that may be dead, for one request. After a server has been restarted they all are.
+const MAX_DEAD: usize = 100;
+
 /// Why an exchange with a server connection ended.
 enum Outcome {
     /// The transaction is over (in session mode: the client leaves).
@@ -233,7 +252,8 @@ enum Outcome {
 
 impl Relay {
     fn new(client: Client, early: &[u8], worker: Arc<Worker>) -> Self {
-        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
+        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements)
+            .with_max_named(client.rules.max_client_prepared_memory);
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);
@@ -258,6 +278,7 @@ impl Relay {
             ears: None,
             held: false,
             seeded: false,
+            known_by_process: false,
             leaving: false,
             held_up: false,
             has_params: false,
@@ -268,11 +289,14 @@ impl Relay {
     }
 
     async fn serve(&mut self) -> End {
-        if let Some(lease) = self.client.lease.take()
-            && let Some(end) = self.lend(lease).await
-        {
-            return end;
+        if let Some(lease) = self.client.lease.take() {
+            match self.lend(lease).await {
+                Lent::Done => {}
+                Lent::Ended(end) => return end,
+                Lent::Dead => return End::Told(server_closed()),
+            }
         }
+        let mut dead = 0;
         loop {
             match self.next_request().await {
                 Next::Request => {}
@@ -289,8 +313,12 @@ impl Relay {
                     Err(end) => return end,
                 },
             };
-            if let Some(end) = self.lend(lease).await {
-                return end;
+            match self.lend(lease).await {
+                Lent::Done => dead = 0,
+                Lent::Ended(end) => return end,
+                // The request is still there.
+                Lent::Dead if dead < MAX_DEAD => dead += 1,
+                Lent::Dead => return End::Told(server_closed()),
             }
         }
     }
@@ -531,6 +559,11 @@ impl Drop for Waiting<'_> {
 
 fn invalid_length(_: frame::InvalidLength) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "invalid message length")
+}
+
+fn server_closed() -> PgError {
+    PgError::fatal(sqlstate::CONNECTION_FAILURE, "the server closed the connection unexpectedly")
+        .hint("The server process ended, or the server went down; connect again.")
 }
 
 fn gone(tenant: &str) -> PgError {

@@ -26,6 +26,8 @@ pub struct Seen {
     pub own_process: bool,
     /// There is a `SET LOCAL` in it.
     pub local: bool,
+    /// It asks who waits for whom, by process ids.
+    pub processes: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -171,7 +173,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let start = self.at;
         self.skip_while(lex::continues_name);
         self.name = (start, self.at);
-        let mut lower = [0; 32];
+        let mut lower = [0; 40];
         let word = &self.sql[start..self.at];
         if !self.first && self.is_plain(word) {
             self.after_into = false;
@@ -222,6 +224,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         }
         self.seen.advances |= matches!(word, b"nextval" | b"setval");
         self.seen.own_process |= word == b"pg_backend_pid";
+        self.seen.processes |= WAITS.contains(&word);
         HARMLESS.binary_search(&word).is_err()
     }
 
@@ -325,6 +328,10 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
 
 /// Words of statements that may change what `currval` says.
 const ADVANCING: [&str; 6] = ["insert", "nextval", "setval", "copy", "merge", "with"];
+
+/// Functions of [`HARMLESS`] that take process ids.
+const WAITS: [&[u8]; 3] =
+    [b"pg_blocking_pids", b"pg_safe_snapshot_blocking_pids", b"pg_isolation_test_session_is_blocked"];
 
 /// Names by which settings are changed without SET.
 #[inline]
@@ -613,6 +620,7 @@ const HARMLESS: &[&[u8]] = &[
     b"pg_advisory_xact_lock",
     b"pg_advisory_xact_lock_shared",
     b"pg_backend_pid",
+    b"pg_blocking_pids",
     b"pg_column_size",
     b"pg_encoding_to_char",
     b"pg_get_constraintdef",
@@ -622,8 +630,10 @@ const HARMLESS: &[&[u8]] = &[
     b"pg_get_userbyid",
     b"pg_get_viewdef",
     b"pg_is_in_recovery",
+    b"pg_isolation_test_session_is_blocked",
     b"pg_postmaster_start_time",
     b"pg_relation_size",
+    b"pg_safe_snapshot_blocking_pids",
     b"pg_size_pretty",
     b"pg_sleep",
     b"pg_table_is_visible",

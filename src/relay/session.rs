@@ -18,18 +18,19 @@ use bytes::{BufMut as _, BytesMut};
 
 use super::address::{self, Addressed};
 use super::lex::Lex;
+use super::named::Named;
 use super::names::{self, Use, Verb};
-use super::{scan, scope, track};
+use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
 use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
-type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
 /// What becomes of a frame.
@@ -130,7 +131,8 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
         residue.own_process = seen.own_process;
-        residue.processes = residue.unknown && address::takes_processes(text);
+        residue.processes = seen.processes || (residue.unknown && address::takes_processes(text));
+        residue.stores_process = seen.own_process && track::stores(text, ward.lex());
         residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
@@ -158,6 +160,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
+    /// A Parse, or a Close, of the unnamed statement.
+    ParseUnnamed(Turn),
+    CloseUnnamed(Turn),
     /// With the shared statement and the client's name for it.
     Bind(Option<Shared>),
     Describe(Option<Shared>),
@@ -182,6 +187,8 @@ enum Expect {
     InjectedQuery,
     /// A step of the extended protocol of ours, to be answered by this.
     InjectedStep(u8),
+    /// A Parse of nothing under the name of the statement with this number, which somebody names who does not run it.
+    InjectedEmpty(u64),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
     CopyEnd,
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
@@ -222,6 +229,15 @@ struct Taken {
     statement: Arc<Statement>,
 }
 
+/// A change of what the unnamed statement is.
+#[derive(Debug)]
+struct Turn {
+    /// Its number.
+    serial: u64,
+    /// What it was, should this be skipped; not kept where nothing comes before that could fail.
+    before: Option<Box<Unnamed>>,
+}
+
 /// The unnamed statement of a client.
 #[derive(Debug, Default)]
 struct Unnamed {
@@ -229,6 +245,8 @@ struct Unnamed {
     body: Vec<u8>,
     residue: Residue,
     events: Events,
+    /// The same in the client's words, if it names prepared statements: what they mean is asked when it is used.
+    said: Option<Box<[u8]>>,
 }
 
 #[derive(Debug)]
@@ -259,7 +277,9 @@ pub struct Session {
     sync_in_copy: bool,
     residue: Residue,
     queries: u32,
-    named: HashMap<Arc<[u8]>, Arc<Statement>>,
+    named: Named,
+    /// What they may take (bytes); 0 is no limit.
+    max_named: usize,
     /// Names of statements that SQL has prepared.
     by_sql: HashSet<Box<[u8]>>,
     unnamed: Option<Unnamed>,
@@ -323,7 +343,8 @@ impl Session {
             sync_in_copy: false,
             residue: Residue::none(),
             queries: 0,
-            named: HashMap::default(),
+            named: Named::default(),
+            max_named: 0,
             by_sql: HashSet::default(),
             unnamed: None,
             unnamed_serial: 0,
@@ -338,6 +359,12 @@ impl Session {
             renames: false,
             unprepared: None,
         }
+    }
+
+    /// The same with a limit for the memory (bytes) that the statements take which the client has prepared by name.
+    #[must_use]
+    pub fn with_max_named(self, max_named: usize) -> Self {
+        Self { max_named, ..self }
     }
 
     /// Whether the server connection may go back.
@@ -385,7 +412,8 @@ impl Session {
     pub fn statements_owed(&self) -> usize {
         let says = |e: &Expect| {
             use Expect::*;
-            let parses = matches!(e, Parse(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            let parses =
+                matches!(e, Parse(_) | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
             parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
         };
         let owed = self.expects.iter().filter(|e| says(e)).count();
@@ -420,7 +448,15 @@ impl Session {
     }
 
     /// Notes what the client's settings have come to; see [`scope::of`].
-    pub fn set_scope(&mut self, scope: String) {
+    pub fn set_scope(&mut self, scope: String, registry: &Registry) {
+        if *self.scope == *scope {
+            return;
+        }
+        for statement in self.named.values_mut() {
+            if let Some(there) = registry.used_in(statement, &scope) {
+                *statement = there;
+            }
+        }
         self.scope = scope.into();
     }
 
@@ -484,7 +520,7 @@ impl Session {
             // They are known when values are bound.
             self.residue.parameters.clear();
             if self.pool_mode != PoolMode::Auto {
-                (self.residue.asks, self.residue.frees) = (false, false);
+                (self.residue.asks, self.residue.frees, self.residue.stores_process) = (false, false, false);
             }
         }
     }
@@ -627,13 +663,14 @@ impl Session {
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
         let translated = translate(text, &uses, &events);
-        if !self.open_group {
-            if residue.lists && self.status != b'E' && self.hide_others(None, link, out) {
-                message::sync(out);
-                self.expects.push_back(Expect::InjectedSync);
-            }
-            self.bring_to_query(&events, link, out);
+        self.note_used(&events);
+        // An aborted transaction may be over by then.
+        let takes_more = self.status != b'E' || !self.expects.is_empty();
+        if residue.lists && takes_more && !self.open_group && self.hide_others(None, link, out) {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
         }
+        self.bring_to_query(&events, link, out);
         self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
@@ -665,6 +702,14 @@ impl Session {
             events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
         (!events.is_empty()).then(|| Box::new(events))
+    }
+
+    /// What they leave behind, a text leaves behind that executes them.
+    fn note_used(&mut self, events: &Events) {
+        let used = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
+        for statement in used.collect::<Vec<_>>() {
+            self.note_residue(&statement.residue, true);
+        }
     }
 
     /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
@@ -730,8 +775,10 @@ impl Session {
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
-                link.prepared.unnamed = None;
-                return Ok(self.refuse_parse(error, out));
+                if name.is_empty() {
+                    (self.unnamed, link.prepared.unnamed) = (None, None);
+                }
+                return Ok(self.refuse_parse(name.is_empty(), error, out));
             }
         };
         let Statements::Shared(max) = self.statements else {
@@ -760,12 +807,15 @@ impl Session {
                 self.check(body, out);
                 let shown = String::from_utf8_lossy(&name);
                 let error = format!("prepared statement \"{shown}\" already exists");
-                return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+                return Ok(self.refuse_parse(false, PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
             }
             message::parse_with(out, &taken.name, body);
             let statement = link.registry.intern(&self.scope, body, || residue);
             self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
             return Ok(Verdict::Instead);
+        }
+        if self.named.is_full(name, body, self.max_named) {
+            return Ok(self.refuse_parse(false, too_many_names(self.max_named), out));
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
@@ -843,15 +893,20 @@ impl Session {
         let events = self.events(&uses);
         let translated =
             translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
+        let said = events.is_some().then(|| body.into());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
+        let before = self.unnamed_before();
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
+        if let Some(unnamed) = &mut self.unnamed {
+            unnamed.said = said;
+        }
         link.prepared.unnamed = Some(self.unnamed_owner());
         if let Statements::Shared(max) = self.statements {
             // What it returns is looked up here.
             self.bring_used(max, link, out);
         }
-        self.push_extended(Expect::Parse(None));
+        self.push_extended(Expect::ParseUnnamed(Turn { serial: self.unnamed_serial, before }));
         if translated.is_none() {
             return Verdict::Forward;
         }
@@ -881,6 +936,9 @@ impl Session {
         if name.is_empty() || self.named.contains_key(name) || self.by_sql.contains(name) {
             return None;
         }
+        if self.named.is_full(name, body, self.max_named) {
+            return None;
+        }
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
         let text = until_nul(body);
@@ -900,6 +958,11 @@ impl Session {
         (kept.residue, kept.events) = (residue, events);
         kept.body.clear();
         kept.body.extend_from_slice(body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default());
+    }
+
+    /// What the unnamed statement is, for a message that changes it and may be skipped.
+    fn unnamed_before(&mut self) -> Option<Box<Unnamed>> {
+        if self.expects.is_empty() { None } else { self.unnamed.take().map(Box::new) }
     }
 
     fn unnamed_owner(&self) -> UnnamedOwner {
@@ -941,7 +1004,7 @@ impl Session {
             Addressed::Later => return Ok(Verdict::Later),
         };
         if let Some(error) = self.miscounted(name, values, link.prepared) {
-            return Ok(self.refuse_parse(error, out));
+            return Ok(self.refuse_parse(false, error, out));
         }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
@@ -1032,6 +1095,7 @@ impl Session {
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
+            self.translate_unnamed(link.ward);
             let body = &self.unnamed.as_ref()?.body;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
             if link.prepared.unnamed == Some(owner) {
@@ -1058,6 +1122,23 @@ impl Session {
         Some(Resolved::Shared(statement, name, events))
     }
 
+    /// What the unnamed statement names may mean something else since its Parse.
+    fn translate_unnamed(&mut self, ward: &dyn Ward) {
+        let said = self.unnamed.as_mut().and_then(|unnamed| unnamed.said.take());
+        let Some(said) = said else { return };
+        let text = until_nul(&said);
+        let uses = names::uses(text, ward.lex());
+        let events = self.events(&uses);
+        let mut body = translate(text, &uses, &events).unwrap_or_else(|| text.to_vec());
+        body.extend_from_slice(&said[text.len()..]);
+        let Some(unnamed) = &mut self.unnamed else { return };
+        if unnamed.body != body {
+            self.unnamed_serial += 1;
+            unnamed.body = body;
+        }
+        (unnamed.events, unnamed.said) = (events, Some(said));
+    }
+
     /// A statement that names others (`EXECUTE a`), with our names for what they mean now; these are prepared first.
     fn as_named_now(
         &mut self,
@@ -1071,6 +1152,7 @@ impl Session {
         let events = self.events(&uses);
         let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
         self.bring_all(&events, max, link, out);
+        self.note_used(&events);
         body.extend_from_slice(&statement.body[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
@@ -1078,7 +1160,7 @@ impl Session {
 
     fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
         let text = "unnamed prepared statement does not exist";
-        self.refuse_parse(PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
+        self.refuse_parse(false, PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
     }
 
     fn describe_or_close(
@@ -1112,9 +1194,10 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         if header.tag == b'C' {
-            self.unnamed = None;
-            link.prepared.unnamed = None;
-            self.push_extended(expect);
+            let before = self.unnamed_before();
+            self.unnamed_serial += 1;
+            (self.unnamed, link.prepared.unnamed) = (None, None);
+            self.push_extended(Expect::CloseUnnamed(Turn { serial: self.unnamed_serial, before }));
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
@@ -1192,10 +1275,10 @@ impl Session {
         Verdict::Instead
     }
 
-    /// Lets the server reject a Parse in the place of what the client sent.
-    fn refuse_parse(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
-        message::parse(out, b"", REJECTED.as_bytes(), &[0, 0]);
-        self.unnamed = None;
+    /// Lets the server reject a Parse in the place of what the client sent. One of the unnamed statement takes away what
+    /// that was.
+    fn refuse_parse(&mut self, unnamed: bool, error: PgError, out: &mut BytesMut) -> Verdict {
+        message::parse(out, if unnamed { b"" } else { CHECK }, REJECTED.as_bytes(), &[0, 0]);
         self.push_extended(Expect::RefusedParse(Box::new(error)));
         Verdict::Instead
     }
@@ -1271,6 +1354,7 @@ impl Session {
                     parsed.statement.accepted.fetch_or(parsed.in_scope, Ordering::Relaxed);
                     Ok(Verdict::Forward)
                 }
+                Some(Expect::ParseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1282,12 +1366,12 @@ impl Session {
                     self.named.insert(taken.by.name, taken.statement);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
+                Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedEmpty(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
             b'3' => match self.take() {
-                Some(Expect::Close) => Ok(Verdict::Forward),
+                Some(Expect::Close | Expect::CloseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
@@ -1305,7 +1389,7 @@ impl Session {
     /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
     fn notice(&mut self) -> Verdict {
         match self.expects.front_mut() {
-            Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedStep(_)) => Verdict::Swallow,
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Verdict::Swallow,
             Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
                 parsed.in_scope = false;
                 Verdict::Forward
@@ -1387,7 +1471,7 @@ impl Session {
 
     /// Nothing is prepared any more.
     fn forget_all(&mut self, prepared: &mut Prepared) {
-        self.named.clear();
+        self.named = Named::default();
         self.by_sql.clear();
         prepared.clear();
     }
@@ -1428,13 +1512,11 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_))
-                if self.is_in_group_of_ours() =>
-            {
+            Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
                 self.note_unprepared(server_error(&frame[HEADER..]));
                 Verdict::Swallow
             }
-            _ if self.rename_in_error(frame, out) => Verdict::Instead,
+            _ if self.rename_in_error(frame, out) || explain_denied_lock(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
         if self.expects.front().is_none_or(ends_by_itself) {
@@ -1445,6 +1527,10 @@ impl Session {
         let mut skipped = Vec::new();
         while !matches!(self.expects.front(), None | Some(Expect::Sync | Expect::InjectedSync)) {
             skipped.extend(self.take());
+        }
+        if let Some(Expect::ParseUnnamed(failed)) = skipped.first_mut() {
+            // Not skipped: a Parse that fails takes away what there was.
+            failed.before = None;
         }
         self.failed |= self.expects.is_empty();
         // What was noted last goes first: a name may have been given and taken away.
@@ -1457,7 +1543,7 @@ impl Session {
     /// Whether the frame has to wait until the server has answered what came before: it may name a statement of which is
     /// not known yet whether an earlier group of messages, still under way, has prepared or closed it.
     #[inline]
-    pub fn must_wait(&self, header: Header) -> bool {
+    pub fn must_wait(&self, header: Header, frame: &[u8]) -> bool {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
@@ -1471,13 +1557,22 @@ impl Session {
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
-        self.expects.iter().take(last + 1).any(in_doubt)
+        let mut earlier = self.expects.iter().take(last + 1);
+        earlier.clone().any(in_doubt) || (uses_unnamed(header, frame) && earlier.any(|e| self.makes_unnamed(e)))
+    }
+
+    /// Whether the unnamed statement is what it is only if this is carried out.
+    fn makes_unnamed(&self, expect: &Expect) -> bool {
+        match expect {
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => turn.serial == self.unnamed_serial,
+            Expect::InjectedUnnamed => true,
+            _ => false,
+        }
     }
 
     /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
     fn is_in_group_of_ours(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_));
-        matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
+        matches!(self.expects.iter().find(|e| !is_step_of_ours(e)), Some(Expect::InjectedSync))
     }
 
     /// Takes back what was noted when a message was sent that the server has not carried out.
@@ -1487,11 +1582,10 @@ impl Session {
                 prepared.remove(undo.statement.id);
                 self.named.remove(&undo.name[..]);
             }
-            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) | Expect::Taken(_) => {
-                prepared.unnamed = None;
-                self.unnamed = None;
-            }
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => self.undo_unnamed(turn, prepared),
+            Expect::InjectedUnnamed => prepared.unnamed = prepared.unnamed.filter(|o| *o != self.unnamed_owner()),
             Expect::Injected(id) => prepared.remove(id),
+            Expect::InjectedEmpty(id) => drop(prepared.put_right(id)),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
             Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
@@ -1506,6 +1600,25 @@ impl Session {
         }
     }
 
+    /// The unnamed statement is what it was, unless something behind it has changed it again.
+    fn undo_unnamed(&mut self, turn: Turn, prepared: &mut Prepared) {
+        if prepared.unnamed == Some(UnnamedOwner { client: self.client, serial: turn.serial }) {
+            prepared.unnamed = None;
+        }
+        for later in &mut self.expects {
+            match later {
+                Expect::ParseUnnamed(later) | Expect::CloseUnnamed(later) => {
+                    later.before = turn.before;
+                    return;
+                }
+                // It takes the unnamed statement away.
+                Expect::Query(_) | Expect::RefusedQuery(_) => return,
+                _ => {}
+            }
+        }
+        self.unnamed = turn.before.map(|before| *before);
+    }
+
     /// The server reads nothing but COPY messages now: a Sync that is already on its way is ignored there.
     fn begin_copy_in(&mut self) {
         let end = self.expects.iter().position(|e| matches!(e, Expect::CopyEnd));
@@ -1518,6 +1631,14 @@ impl Session {
             !ignored
         });
     }
+}
+
+/// Whether it is a message of ours, for what the client says behind it.
+fn is_step_of_ours(expect: &Expect) -> bool {
+    matches!(
+        expect,
+        Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_) | Expect::InjectedEmpty(_)
+    )
 }
 
 /// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.
@@ -1544,6 +1665,18 @@ fn translate(text: &[u8], uses: &[Use], events: &Events) -> Option<Vec<u8>> {
     })
 }
 
+/// Whether a message uses the unnamed statement. What cannot be told yet may.
+fn uses_unnamed(header: Header, frame: &[u8]) -> bool {
+    let unnamed = |name: &[u8]| name.first().is_none_or(|first| *first == 0);
+    match header.tag {
+        b'B' => cstr(frame.get(HEADER..).unwrap_or_default()).is_none_or(|(_, rest)| unnamed(rest)),
+        b'D' => {
+            frame.get(HEADER).is_none_or(|what| *what == b'S') && unnamed(frame.get(HEADER + 1..).unwrap_or_default())
+        }
+        _ => false,
+    }
+}
+
 /// Whether a statement with this tag has to do with a name of a prepared statement.
 fn is_about_names(tag: &[u8]) -> bool {
     matches!(tag, b"PREPARE" | b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL")
@@ -1562,6 +1695,28 @@ enum Resolved {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("unexpected message {:?} from the server", char::from(*.0))]
 pub struct Desync(pub u8);
+
+/// Advisory locks have a key space per tenant, by functions in the place of PostgreSQL's: under a `search_path` of the
+/// client's own these are not found, and PostgreSQL's may not be called.
+fn explain_denied_lock(frame: &[u8], out: &mut BytesMut) -> bool {
+    let error = server_error(frame.get(HEADER..).unwrap_or_default());
+    let denied = error.code == sqlstate::INSUFFICIENT_PRIVILEGE && error.hint.is_none();
+    if !denied
+        || !error.message.starts_with("permission denied for function pg_")
+        || !error.message.contains("advisory")
+    {
+        return false;
+    }
+    let hint = "End your search_path with \"tenant_shim, pg_catalog\", or call tenant_shim's function of that name.";
+    message::error_response(out, &error.hint(hint));
+    true
+}
+
+fn too_many_names(max: usize) -> PgError {
+    PgError::error(sqlstate::LIMIT_EXCEEDED, "too many prepared statements (max_client_prepared_memory)")
+        .detail(format!("What this connection has prepared by name may take {max} bytes of the proxy's memory."))
+        .hint("Close statements that are not used any more (DEALLOCATE ALL), or raise max_client_prepared_memory.")
+}
 
 fn malformed(kind: &str) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid {kind} message"))

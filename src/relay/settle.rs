@@ -31,6 +31,8 @@ const ASKED: usize = 6;
 pub const SEQUENCE: Reason = ASKED;
 /// The client has seeded `random()`.
 pub const SEED: Reason = ASKED + 1;
+/// The client has written down the process id of the session.
+pub const PROCESS: Reason = ASKED + 2;
 const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 
 /// What was found out about a server connection.

@@ -142,6 +142,30 @@ fn blocked(pids: &[i32]) -> String {
     format!("SELECT pg_catalog.pg_isolation_test_session_is_blocked($1, '{{{}}}')", pids.join(","))
 }
 
+/// As work queues do with who has taken a job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_id_that_is_written_down_stays_the_sessions() {
+    let world = world(PoolMode::Auto).await;
+    let (mut one, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    one.query("CREATE TABLE workers (pid int)").await;
+    one.value("SELECT pg_backend_pid()").await;
+    let pinned = "pgusher_pinned_clients{reason=\"process\"}";
+    assert_eq!(world.metric(pinned).await, 0.0);
+    one.query("INSERT INTO workers SELECT pg_backend_pid()").await;
+    world.metric_until(pinned, 1.0).await;
+    let own = one.value("SELECT pg_backend_pid()").await;
+    for _ in 0..3 {
+        assert_ne!(other.value("SELECT pg_backend_pid()").await, own);
+        assert_eq!(one.value("SELECT pid = pg_backend_pid() FROM workers").await, "t");
+    }
+    one.compose(|b| b.query("SELECT pg_sleep(60)")).await;
+    world.admin_until("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'", 1).await;
+    assert_eq!(other.value("SELECT pg_cancel_backend(pid) FROM workers").await, "t");
+    assert!(show(&one.until_ready().await).contains("E(57014)"));
+    one.terminate().await;
+    world.metric_until(pinned, 0.0).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn other_tenants_have_no_process_ids() {
     let world = world(PoolMode::Auto).await;

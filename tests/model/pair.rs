@@ -8,7 +8,7 @@ use pgusher::tenant::credential::server_password;
 
 use crate::postgres::Cluster;
 use crate::raw::{Batch, Message, Raw};
-use crate::script::{Dice, Known, Op, Script, Step};
+use crate::script::{Dice, Known, Op, Script, Step, moves};
 use crate::world::{APP_PASSWORD, SECRET, World};
 
 /// Server connections of each tenant.
@@ -110,8 +110,14 @@ impl Pair {
 
     /// Runs the case of a seed.
     pub(crate) async fn case(&self, tenant: &str, seed: u64) -> Result<usize, Failure> {
-        let mut script =
-            Script { dice: Dice::new(seed), holders: CONNECTIONS - 1, asks: false, failed: false, pins: false };
+        let mut script = Script {
+            dice: Dice::new(seed),
+            holders: CONNECTIONS - 1,
+            asks: false,
+            failed: false,
+            moved: false,
+            pins: false,
+        };
         let odd = script.dice.below(CLIENTS * 2);
         let mut room = Room::open(self, tenant, odd).await;
         let (mut steps, mut statements) = (Vec::new(), 0);
@@ -222,6 +228,7 @@ impl Couple {
         known.failed = direct.last().is_some_and(|last| last == "Z(E)");
         known.in_transaction = direct.last().is_some_and(|last| last != "Z(I)");
         let text = format!("{:?}", step.ops).to_lowercase();
+        known.moved = known.in_transaction && (known.moved || moves(&text));
         known.asks |= text.contains("lastval");
         known.seeded |= text.contains("seed");
         known.may_be_pinned |= known.asks || step.pins;

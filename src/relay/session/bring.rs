@@ -10,10 +10,10 @@ use bytes::BytesMut;
 
 use super::{Event, Events, Expect, Link, Session, Statements};
 use crate::error::{PgError, sqlstate};
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
-use crate::relay::scope;
 use crate::tenant::sql::Literal;
 use crate::wire::message;
 
@@ -26,12 +26,12 @@ impl Session {
         self.rescopes || self.residue.resets || self.residue.settings.iter().any(|name| scope::has(name))
     }
 
-    /// Prepares what a Query needs, in a group of messages of ours.
+    /// Prepares what a Query needs, in a group of messages of ours; in the client's, if it has not ended one before.
     pub(super) fn bring_to_query(&mut self, events: &Events, link: &mut Link<'_>, out: &mut BytesMut) {
         let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
+        let (before, apart) = (self.expects.len(), !self.open_group);
         self.bring_all(events, max, link, out);
-        if self.expects.len() > before {
+        if apart && self.expects.len() > before {
             message::sync(out);
             self.expects.push_back(Expect::InjectedSync);
         }
@@ -40,6 +40,7 @@ impl Session {
     /// Prepares what the unnamed statement names.
     pub(super) fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         if let Some(events @ Some(_)) = self.unnamed.as_ref().map(|unnamed| unnamed.events.clone()) {
+            self.note_used(&events);
             self.bring_all(&events, max, link, out);
         }
     }
@@ -49,17 +50,19 @@ impl Session {
         let shared = |event: &Event| Some((event.verb, event.shared.clone()?));
         let mut used: Vec<_> = events.iter().flat_map(|events| events.iter()).filter_map(shared).collect();
         used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
+        // What has not been answered may end it.
+        let failed = self.status == b'E' && !self.expects.iter().any(super::ends_by_itself);
         for (verb, statement) in used {
             if verb == Verb::Execute {
                 // A transaction that has failed takes no statement, but an empty one.
-                if self.status == b'E' {
+                if failed {
                     continue;
                 }
                 self.bring_one(&statement, max, link, out);
             } else if !link.prepared.touch(statement.id) && !link.prepared.is_squatted(statement.id) {
                 message::parse(out, &statement.name, b"", &[0, 0]);
                 link.prepared.squat(statement.id);
-                self.push_extended(Expect::InjectedStep(b'1'));
+                self.push_extended(Expect::InjectedEmpty(statement.id));
             }
         }
     }

@@ -172,7 +172,7 @@ fn what_was_skipped_after_an_error_did_not_happen() {
     both.client(b'S', b"");
     assert_eq!(both.servers(&[ERROR, READY]), "EZ");
     assert!(both.session.is_idle());
-    assert_eq!(both.session.named.keys().map(|name| &**name).collect::<Vec<_>>(), [b"known"]);
+    assert!(both.session.named.contains_key(b"known") && both.session.named.values().count() == 1);
     assert_eq!(both.prepared.len(), 1);
     // An error before the Sync was sent: what comes up to it goes nowhere.
     both.client(b'P', b"\0nonsense\0\0\0");
@@ -204,7 +204,7 @@ fn refusals_are_the_servers_errors_in_our_words() {
         both.client(b'S', b"");
         assert_eq!(both.servers(&[ERROR, READY]), "EZ");
     }
-    assert!(both.session.is_idle() && both.session.named.is_empty());
+    assert!(both.session.is_idle() && both.session.named.values().next().is_none());
     // In session mode LISTEN is the server's business.
     let mut both = Both::new(PoolMode::Session);
     both.client(b'Q', b"LISTEN a\0");
@@ -288,13 +288,14 @@ fn what_follows_in_a_pipeline_waits_until_names_mean_what_they_then_mean() {
     both.prepared = Prepared::default();
     both.client(b'P', b"\0DISCARD ALL\0\0\0");
     both.client(b'B', b"\0\0\0\0\0\0\0\0");
-    let next = frame::header(&message(b'P', b"a\0SELECT 2\0\0\0")).unwrap().unwrap();
-    assert!(!both.session.must_wait(next));
+    let frame = message(b'P', b"a\0SELECT 2\0\0\0");
+    let next = frame::header(&frame).unwrap().unwrap();
+    assert!(!both.session.must_wait(next, &frame));
     // A Flush makes the server answer.
     assert_eq!(both.client(b'E', b"\0\0\0\0\0").0, "EH");
-    assert!(both.session.must_wait(next));
+    assert!(both.session.must_wait(next, &frame));
     assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"DISCARD ALL\0")]), "12C");
-    assert!(!both.session.must_wait(next) && both.session.named.is_empty());
+    assert!(!both.session.must_wait(next, &frame) && both.session.named.values().next().is_none());
     assert_eq!(both.client(b'P', b"a\0SELECT 2\0\0\0").0, "P");
     both.client(b'S', b"");
     assert_eq!(both.servers(&[(b'1', b""), READY]), "1Z");
@@ -303,7 +304,7 @@ fn what_follows_in_a_pipeline_waits_until_names_mean_what_they_then_mean() {
     both.client(b'B', b"\0\0\0\0\0\0\0\0");
     both.client(b'E', b"\0\0\0\0\0");
     assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), ERROR]), "12E");
-    assert!(!both.session.must_wait(next) && both.session.named.contains_key(&b"a"[..]));
+    assert!(!both.session.must_wait(next, &frame) && both.session.named.contains_key(&b"a"[..]));
 }
 
 #[test]
@@ -319,6 +320,12 @@ fn what_is_said_of_a_text_is_said_each_time_the_client_prepares_it() {
     both.prepared = Prepared::default();
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
     assert_eq!(both.servers(&[notice, (b'1', b""), (b'2', b"")]), "2");
+    both.client(b'S', b"");
+    both.servers(&[READY]);
+    // And if the name is taken, which is found out later.
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'P', b"a\0SELECT '\\'\0\0\0").0, "CPP");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), ERROR]), "NE");
 }
 
 #[test]
@@ -332,14 +339,14 @@ fn a_name_that_only_has_to_be_there_is_given_to_anything() {
     let (deallocated, prepared) = ((b'C', &b"DEALLOCATE\0"[..]), (b'C', &b"PREPARE\0"[..]));
     assert_eq!(both.servers(&[(b'1', b""), READY, deallocated, prepared, READY]), "CCZ");
     // The second one is SQL's own.
-    assert!(both.session.named.is_empty() && both.session.by_sql.contains(&b"a"[..]));
+    assert!(both.session.named.values().next().is_none() && both.session.by_sql.contains(&b"a"[..]));
     assert_eq!(both.client(b'Q', b"EXECUTE a\0").0, "Q");
 }
 
 #[test]
 fn a_statement_is_parsed_again_where_it_was_parsed() {
     let mut both = Both::new(PoolMode::Auto);
-    both.session.set_scope("search_path\0\0".to_owned());
+    both.session.set_scope("search_path\0\0".to_owned(), &both.registry);
     both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
     both.client(b'P', b"b\0COMMIT\0\0\0");
     both.client(b'S', b"");
@@ -349,7 +356,7 @@ fn a_statement_is_parsed_again_where_it_was_parsed() {
     both.client(b'S', b"");
     both.servers(&[(b'1', b""), (b'2', b""), READY]);
     both.prepared = Prepared::default();
-    both.session.set_scope(String::new());
+    both.session.set_scope(String::new(), &both.registry);
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PBECCPPBECCSB", "there, and back");
     both.client(b'S', b"");
     let step = [(b'1', &b""[..]), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];

@@ -5,8 +5,10 @@
 //! A scope is written as names and values, each with a NUL behind it, of what differs from what the session began with;
 //! most clients have an empty one.
 
-use crate::pool::params::Params;
-use crate::pool::residue::Carried;
+use std::borrow::Cow;
+
+use super::params::Params;
+use super::residue::Carried;
 
 /// The ones that servers report.
 const REPORTED: [&str; 5] =
@@ -52,13 +54,33 @@ pub fn of(base: &Params, params: &Params, carried: &Carried) -> String {
 
 /// The value of a setting in a scope; `None`: what the session began with.
 pub fn value<'a>(scope: &'a str, name: &str) -> Option<&'a str> {
+    settings(scope).find(|(found, _)| *found == name).map(|(_, value)| value)
+}
+
+fn settings(scope: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut parts = scope.split('\0');
-    while let (Some(found), Some(value)) = (parts.next(), parts.next()) {
-        if found == name {
-            return Some(value);
-        }
+    std::iter::from_fn(move || {
+        let name = parts.next().filter(|name| !name.is_empty())?;
+        Some((name, parts.next()?))
+    })
+}
+
+/// The place of a statement of one scope that is used in another: the scope itself if literals are read alike in both, else
+/// with an empty name behind it and what differs.
+pub fn used_in<'a>(home: &'a str, scope: &str) -> Cow<'a, str> {
+    // That one makes a server look up names again by itself.
+    let literals = |scope| settings(scope).filter(|(name, _)| *name != "search_path");
+    if literals(home).eq(literals(scope)) {
+        return Cow::Borrowed(home);
     }
-    None
+    let there = literals(scope).flat_map(|(name, value)| [name, "\0", value, "\0"]);
+    Cow::Owned([home, "\0"].into_iter().chain(there).collect())
+}
+
+/// The scope at the beginning of a place.
+pub fn home(place: &str) -> &str {
+    let length = settings(place).map(|(name, value)| name.len() + value.len() + 2).sum();
+    place.get(..length).unwrap_or(place)
 }
 
 /// Whether this setting, in any case, is a part of scopes.
