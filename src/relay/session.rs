@@ -698,7 +698,7 @@ impl Session {
                 Verb::Deallocate => before.name == found.name,
                 Verb::Prepare | Verb::Execute => false,
             });
-            let shared = if gone { None } else { self.named.get(&*found.name).cloned() };
+            let shared = if gone { None } else { self.named.get(&found.name).cloned() };
             events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
         (!events.is_empty()).then(|| Box::new(events))
