@@ -698,7 +698,7 @@ impl Session {
                 Verb::Deallocate => before.name == found.name,
                 Verb::Prepare | Verb::Execute => false,
             });
-            let meant = |found: &Use| self.named.get(&*found.name);
+            let meant = |found: &Use| self.named.get(&found.name);
             let mut shared = if gone { None } else { meant(found).cloned() };
             // It may have another name in the same text, and is needed under that: something else is taken away.
             let same =
