@@ -142,8 +142,10 @@ const POOL: &[Key] = keys! { one pool:
     server_connect_timeout: SomeTime;
     /// How long the reset between two clients of a tenant may take.
     server_reset_timeout: SomeTime;
-    /// Prepared statements kept per client and per server connection; 0 turns their tracking off.
+    /// Prepared statements kept per server connection; 0 turns their tracking off.
     max_prepared_statements: Number<usize, 0, 100_000>;
+    /// How much of the proxy's memory a client's prepared statements may take that have names; more is refused (53400).
+    max_client_prepared_memory: Size<{ 64 << 10 }, { 1 << 30 }>;
 };
 
 const TLS_ABOUT: &[&str] = &[

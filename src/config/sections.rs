@@ -71,8 +71,10 @@ pub struct Pool {
     pub server_connect_timeout: Duration,
     /// How long a reset between two clients may take.
     pub server_reset_timeout: Duration,
-    /// Prepared statements kept per client and per server connection; 0 turns tracking off.
+    /// Prepared statements kept per server connection; 0 turns tracking off.
     pub max_prepared_statements: usize,
+    /// What a client's statements that have names may take of the proxy's memory.
+    pub max_client_prepared_memory: usize,
 }
 
 /// PgBouncer's six values of `client_tls_sslmode` and `server_tls_sslmode`.
@@ -337,6 +339,7 @@ impl Default for Pool {
             server_connect_timeout: secs(15),
             server_reset_timeout: secs(1),
             max_prepared_statements: 200,
+            max_client_prepared_memory: 16 << 20,
         }
     }
 }

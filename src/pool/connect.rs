@@ -81,6 +81,10 @@ pub struct Dialer {
 #[cfg(test)]
 pub(crate) type Wrap = Arc<dyn Fn(Stream) -> Stream + Send + Sync>;
 
+/// What a test puts in the place of server connections.
+#[cfg(test)]
+pub(crate) type Dial = Arc<dyn Fn() -> Stream + Send + Sync>;
+
 /// Opens server connections.
 pub struct Connector {
     /// Longest time from dialling to the end of the login.
@@ -95,6 +99,8 @@ pub struct Connector {
     metrics: Arc<Metrics>,
     #[cfg(test)]
     pub(crate) wrap: Option<Wrap>,
+    #[cfg(test)]
+    pub(crate) dial: Option<Dial>,
 }
 
 /// Why a conversation with a server failed.
@@ -120,6 +126,18 @@ pub enum ServerError {
         /// Its value.
         value: String,
     },
+}
+
+impl ServerError {
+    /// Whether the server connection has ended, as far as one can tell on its own account: the socket failed, or the
+    /// server has said goodbye.
+    pub fn is_the_end(&self) -> bool {
+        match self {
+            Self::Io(_) => true,
+            Self::Server(error) => error.severity != Severity::Error,
+            Self::Protocol(_) | Self::Scram(_) | Self::Identity { .. } => false,
+        }
+    }
 }
 
 /// Logins whose keys are kept (about 200 bytes each); beyond that all are forgotten, which costs a millisecond each.
@@ -148,6 +166,8 @@ impl Connector {
             metrics,
             #[cfg(test)]
             wrap: None,
+            #[cfg(test)]
+            dial: None,
         }
     }
 
@@ -206,6 +226,16 @@ impl Connector {
         })
     }
 
+    async fn dial(&self, dialer: &Dialer) -> Result<Stream, ServerError> {
+        #[cfg(test)]
+        match (&self.dial, &self.wrap) {
+            (Some(dial), _) => return Ok(dial()),
+            (None, Some(wrap)) => return Ok(wrap(dialer.dial().await?)),
+            (None, None) => {}
+        }
+        dialer.dial().await
+    }
+
     async fn login(
         &self,
         slot: Slot,
@@ -215,11 +245,7 @@ impl Connector {
         let tenant = slot.pool().tenant().clone();
         let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
-        let mut stream = dialer.dial().await?;
-        #[cfg(test)]
-        if let Some(wrap) = &self.wrap {
-            stream = wrap(stream);
-        }
+        let mut stream = self.dial(&dialer).await?;
         let mut out = BytesMut::with_capacity(256);
         let ours = tenant.startup_settings();
         // Among the settings there is a database only where the plan lets clients choose it.

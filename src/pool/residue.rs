@@ -32,6 +32,8 @@ pub struct Residue {
     pub processes: bool,
     /// The server is asked for the session's own process id, which leaves nothing.
     pub own_process: bool,
+    /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
+    pub rescopes: bool,
     /// That id is written down where others may find it.
     pub stores_process: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
@@ -84,6 +86,7 @@ impl Residue {
         self.asks |= other.asks;
         self.advances |= other.advances;
         self.lists |= other.lists;
+        self.rescopes |= other.rescopes;
         self.databases |= other.databases;
         self.processes |= other.processes;
         self.own_process |= other.own_process;

@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -10,10 +9,11 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
+use crate::pool::scope;
 
 use super::watch::{Guard, Refused, attempt};
 use super::*;
-use crate::metrics::PIN_REASONS;
+use crate::metrics::{self, PIN_REASONS};
 
 /// See [`Relay::adopt_params`].
 #[inline]
@@ -27,22 +27,24 @@ fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> 
 }
 
 impl Relay {
-    /// Uses the server connection until the transaction, or the session, is over. `Some` ends the connection.
-    pub(super) async fn lend(&mut self, mut lease: Lease) -> Option<End> {
+    /// Uses the server connection until the transaction, or the session, is over.
+    pub(super) async fn lend(&mut self, mut lease: Lease) -> Lent {
         let conn = lease.conn();
         let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
-        if !same && let Err(end) = Box::pin(self.carry_settings(&mut lease)).await {
-            return Some(end);
+        if !same && let Err(why) = Box::pin(self.carry_settings(&mut lease)).await {
+            return why;
         }
         if self.ears.is_some()
-            && let Err(end) = Box::pin(self.double(&mut lease)).await
+            && let Err(why) = Box::pin(self.double(&mut lease)).await
         {
-            return Some(end);
+            return why;
         }
+        self.rescope();
         lease.conn().face().lend(self.client.key.pid);
         self.client.key.entry.bind(lease.conn().cancel_target());
-        self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, 1);
         (self.waits, self.server_deaf, self.farewell, self.held) = (Waits::Nobody, false, false, false);
+        self.down.disarm();
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
             outcome = match Box::pin(self.settle(&mut lease)).await {
@@ -50,37 +52,36 @@ impl Relay {
                 Ok(()) if self.pinned.is_none() => break,
                 Ok(()) => {
                     self.client.key.entry.bind(lease.conn().cancel_target());
+                    // What was settled has been read past it.
+                    self.down.disarm();
                     poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await
                 }
             };
         }
-        self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, -1);
         self.client.key.entry.unbind();
         match outcome {
             Outcome::Done => {
                 self.give_back(lease);
-                self.leaving.then_some(End::Left)
+                if self.leaving { Lent::Ended(End::Left) } else { Lent::Done }
             }
             Outcome::ClientGone if self.session.is_idle() && self.up.is_empty() && !self.down.in_frame() => {
                 self.give_back(lease);
-                Some(End::Left)
+                Lent::Ended(End::Left)
             }
             Outcome::ClientGone => {
                 lease.abandon();
-                Some(End::Lost)
+                Lent::Ended(End::Lost)
             }
             // Its own words, if it had any, are on their way to the client.
             Outcome::ServerGone if self.farewell && !self.down.in_frame() => {
                 poll_fn(|cx| self.poll_send_down(cx)).await.ok();
-                Some(End::Server)
+                Lent::Ended(End::Server)
             }
-            Outcome::ServerGone => Some(End::Told(
-                PgError::fatal(sqlstate::CONNECTION_FAILURE, "the server closed the connection unexpectedly")
-                    .hint("The server process ended, or the server went down; connect again."),
-            )),
+            Outcome::ServerGone => Lent::Ended(End::Told(server_closed())),
             Outcome::Told(error) => {
                 lease.abandon();
-                Some(End::Told(error))
+                Lent::Ended(End::Told(error))
             }
         }
     }
@@ -101,23 +102,25 @@ impl Relay {
         if !std::mem::take(&mut self.has_params) {
             self.adopt_params(&mut lease);
         }
+        self.rescope();
         let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
         lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
 
     /// Makes the server's settings the client's, where they differ. Happens outside any transaction, before the
     /// client's first byte is sent.
-    async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), End> {
+    async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), Lent> {
         let conn = lease.conn();
         if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
             let statements = [script.as_str()];
             let work = conn.simple_queries(&statements);
             let failed = |detail: String| {
                 let text = "could not restore the session's settings";
-                End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
+                Lent::Ended(End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail)))
             };
             match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
                 Ok(Ok(())) => {}
+                Ok(Err(error)) if error.is_the_end() => return Err(Lent::Dead),
                 Ok(Err(error)) => return Err(failed(format!("{error}."))),
                 Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
             }
@@ -163,7 +166,6 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
-        self.session.set_scope(self.carried.get("search_path").map(|path| &**path));
         self.seeded |= residue.seeds;
         self.known_by_process |= residue.stores_process;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
@@ -188,7 +190,20 @@ impl Relay {
         if pinned.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
             self.carry_settings(lease).await.map_err(|_| lost("Its settings could not be restored.".to_owned()))?;
         }
+        self.rescope();
         self.give_answer(lease.conn(), held)
+    }
+
+    /// Tells the session in what scope the client's statements are from now on, if its settings have changed.
+    #[inline]
+    fn rescope(&mut self) {
+        let (params, carried) = &self.scoped;
+        if Arc::ptr_eq(params, &self.client.params) && Arc::ptr_eq(carried, &self.carried) {
+            return;
+        }
+        let scope = scope::of(&self.base, &self.client.params, &self.carried);
+        self.session.set_scope(scope, &self.pool.statements);
+        self.scoped = (self.client.params.clone(), self.carried.clone());
     }
 
     /// Sends what was held back, and the notifications that came in the meantime.
@@ -220,10 +235,10 @@ impl Relay {
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
         let pinned = &self.worker.stats.clients_pinned;
         if let Some(old) = self.pinned {
-            pinned[old].fetch_sub(1, Ordering::Relaxed);
+            metrics::shift(&pinned[old], -1);
         }
         if let Some(new) = reason {
-            pinned[new].fetch_add(1, Ordering::Relaxed);
+            metrics::shift(&pinned[new], 1);
         }
         self.pinned = reason;
     }
@@ -307,7 +322,7 @@ impl Relay {
                     }
                     _ => break,
                 }
-                self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
+                metrics::count(&self.worker.stats.server_out, self.up.take_sent());
                 continue;
             }
             if self.leaving || self.held_up || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
@@ -357,7 +372,7 @@ impl Relay {
             if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
                 return Ok(());
             }
-            if self.session.must_wait(header) {
+            if self.session.must_wait(header, unseen) {
                 self.held_up = true;
                 return Ok(());
             }
@@ -432,7 +447,7 @@ impl Relay {
             match self.down.poll_fill(cx, &mut lease.conn().stream, &self.worker.buffers) {
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ServerGone)),
                 Poll::Ready(Ok(n)) => {
-                    self.worker.stats.server_in.fetch_add(n as u64, Ordering::Relaxed);
+                    metrics::count(&self.worker.stats.server_in, n as u64);
                     moved = true;
                     if let Err(outcome) = self.scan_server(lease) {
                         return Poll::Ready(Some(outcome));
@@ -457,6 +472,7 @@ impl Relay {
         let mut scratch = BytesMut::new();
         loop {
             self.give_our_answers();
+            self.down.approve_rows();
             let unseen = self.down.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
                 return Ok(());
@@ -548,8 +564,8 @@ impl Relay {
     fn account(&mut self) {
         let now = Instant::now();
         self.memory.answered();
-        if !self.session.owes_ready() {
-            self.memory.named.answered(self.client.rules.settle_timeout());
+        if self.memory.named.is_any() && !self.session.owes_ready() {
+            self.memory.named.let_go(self.client.rules.settle_timeout());
         }
         let stats = &self.worker.stats;
         if self.session.take_altered() {
@@ -557,7 +573,7 @@ impl Relay {
         }
         let queries = self.session.take_queries();
         if queries > 0 {
-            stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);
+            metrics::count(&stats.queries, u64::from(queries));
             self.client.stats.count_queries(queries, self.worker.metrics.second(now.into_std()));
         }
         if let Some(since) = self.query_since.take() {
@@ -566,8 +582,8 @@ impl Relay {
         if self.session.status() == b'I'
             && let Some(since) = self.transaction_since.take()
         {
-            stats.transactions.fetch_add(1, Ordering::Relaxed);
-            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            metrics::count(&stats.transactions, 1);
+            metrics::count(&self.client.stats.transactions, 1);
             stats.transaction_time.observe(now.duration_since(since));
         }
         self.ready_at = now;
@@ -577,15 +593,15 @@ impl Relay {
     pub(super) fn poll_send_down(&mut self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         let result = self.down.poll_send(cx, &mut self.client.stream, &self.worker.buffers);
         let sent = self.down.take_sent();
-        self.worker.stats.client_out.fetch_add(sent, Ordering::Relaxed);
-        self.client.stats.client_out.fetch_add(sent, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_out, sent);
+        metrics::count(&self.client.stats.client_out, sent);
         result
     }
 
     #[inline]
     pub(super) fn count_client_in(&self, n: usize) {
-        self.worker.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
-        self.client.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_in, n as u64);
+        metrics::count(&self.client.stats.client_in, n as u64);
     }
 
     pub(super) fn arm(&mut self, timeout: Duration) {

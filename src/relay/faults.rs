@@ -435,6 +435,7 @@ impl Bench {
             query_wait_timeout: if silence { SHORT * 4 } else { PATIENCE },
             server_reset_timeout: if silence { SHORT } else { PATIENCE },
             max_prepared_statements: 2,
+            max_client_prepared_memory: 0,
             max_packet_size: 1 << 20,
             client_idle_timeout: limit,
             idle_transaction_timeout: limit,

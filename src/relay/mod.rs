@@ -11,6 +11,9 @@ pub mod flow;
 pub mod guard;
 pub mod lex;
 pub mod mention;
+#[cfg(test)]
+mod model;
+mod named;
 pub mod names;
 mod notify;
 pub mod scan;
@@ -34,7 +37,7 @@ use crate::client::signals::{Signal, Signals};
 use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::metrics::{Metrics, TenantStats, WorkerStats};
+use crate::metrics::{self, Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
@@ -44,7 +47,7 @@ use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
 use crate::violation::{self, Action, Kind, Violation};
-use crate::wire::frame::{self, HEADER};
+use crate::wire::frame::{self, HEADER, until_nul};
 use crate::wire::message;
 use flow::Flow;
 use guard::{Neighbours, Seat};
@@ -77,6 +80,8 @@ pub struct Rules {
     pub server_reset_timeout: Duration,
     /// Prepared statements per server connection; 0 passes names through.
     pub max_prepared_statements: usize,
+    /// What a client's statements that have names may take (bytes); 0 is no limit.
+    pub max_client_prepared_memory: usize,
     /// Longest message that is taken in whole.
     pub max_packet_size: usize,
     /// Longest silence of a client outside a transaction; zero is for ever.
@@ -163,6 +168,8 @@ pub fn run<F: FnOnce(End) + Send>(
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
+        relay.up.put_away(&relay.worker.buffers);
+        relay.down.put_away(&relay.worker.buffers);
         drop(relay);
         at_end(end);
     }
@@ -187,6 +194,10 @@ struct Relay {
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
+    /// The reported settings that it began with.
+    base: Arc<Params>,
+    /// What the session's scope was made of.
+    scoped: (Arc<Params>, Arc<Carried>),
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
     /// What it listens to without one.
@@ -217,6 +228,19 @@ enum Next {
     Leave(End),
 }
 
+/// What came of a lease.
+enum Lent {
+    /// The client goes on without.
+    Done,
+    /// The client's connection has ended.
+    Ended(End),
+    /// The server connection was dead before anything of the client's was looked at: another one will do.
+    Dead,
+}
+
+/// Server connections in a row that may be dead, for one request. After a server has been restarted they all are.
+const MAX_DEAD: usize = 100;
+
 /// Why an exchange with a server connection ended.
 enum Outcome {
     /// The transaction is over (in session mode: the client leaves).
@@ -228,11 +252,15 @@ enum Outcome {
 
 impl Relay {
     fn new(client: Client, early: &[u8], worker: Arc<Worker>) -> Self {
-        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements);
+        let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements)
+            .with_max_named(client.rules.max_client_prepared_memory);
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);
+        let base = client.params.clone();
         Self {
+            scoped: (base.clone(), carried.clone()),
+            base,
             client,
             worker,
             pool,
@@ -261,11 +289,14 @@ impl Relay {
     }
 
     async fn serve(&mut self) -> End {
-        if let Some(lease) = self.client.lease.take()
-            && let Some(end) = self.lend(lease).await
-        {
-            return end;
+        if let Some(lease) = self.client.lease.take() {
+            match self.lend(lease).await {
+                Lent::Done => {}
+                Lent::Ended(end) => return end,
+                Lent::Dead => return End::Told(server_closed()),
+            }
         }
+        let mut dead = 0;
         loop {
             match self.next_request().await {
                 Next::Request => {}
@@ -282,8 +313,12 @@ impl Relay {
                     Err(end) => return end,
                 },
             };
-            if let Some(end) = self.lend(lease).await {
-                return end;
+            match self.lend(lease).await {
+                Lent::Done => dead = 0,
+                Lent::Ended(end) => return end,
+                // The request is still there.
+                Lent::Dead if dead < MAX_DEAD => dead += 1,
+                Lent::Dead => return End::Told(server_closed()),
             }
         }
     }
@@ -511,19 +546,24 @@ struct Waiting<'a>(&'a WorkerStats);
 
 impl<'a> Waiting<'a> {
     fn new(stats: &'a WorkerStats) -> Self {
-        stats.clients_waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&stats.clients_waiting, 1);
         Self(stats)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.clients_waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.0.clients_waiting, -1);
     }
 }
 
 fn invalid_length(_: frame::InvalidLength) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "invalid message length")
+}
+
+fn server_closed() -> PgError {
+    PgError::fatal(sqlstate::CONNECTION_FAILURE, "the server closed the connection unexpectedly")
+        .hint("The server process ended, or the server went down; connect again.")
 }
 
 fn gone(tenant: &str) -> PgError {

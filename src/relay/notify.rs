@@ -90,7 +90,7 @@ impl Relay {
 
     /// Before a client that listens uses a server connection: lets that listen, too, if what the client says could
     /// depend on it. Happens outside any transaction.
-    pub(super) async fn double(&mut self, lease: &mut Lease) -> Result<(), End> {
+    pub(super) async fn double(&mut self, lease: &mut Lease) -> Result<(), Lent> {
         let plain = self.is_plain();
         let Some(ears) = &mut self.ears else { return Ok(()) };
         let conn = lease.conn();
@@ -107,10 +107,11 @@ impl Relay {
         conn.heard.clear();
         match done {
             Ok(Ok(())) => Ok(()),
-            _ => Err(End::Told(PgError::fatal(
+            Ok(Err(error)) if error.is_the_end() => Err(Lent::Dead),
+            _ => Err(Lent::Ended(End::Told(PgError::fatal(
                 sqlstate::CONNECTION_FAILURE,
                 "could not restore what the session listens to",
-            ))),
+            )))),
         }
     }
 
@@ -125,7 +126,7 @@ impl Relay {
             b'P' if body.first() == Some(&0) => &body[1..],
             _ => return false,
         };
-        let text = text.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(text);
         !scan::leaves_state(text) && !scan::may_begin(text)
     }
 

@@ -24,6 +24,8 @@ pub struct Seen {
     pub lists: bool,
     /// It asks for the process id of the session.
     pub own_process: bool,
+    /// There is a `SET LOCAL` in it.
+    pub local: bool,
     /// It asks who waits for whom, by process ids.
     pub processes: bool,
 }
@@ -150,6 +152,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             };
             self.seen.leaves_state |= unsure;
             if self.seen.leaves_state && self.seen.suspicious {
+                let behind = &self.sql[self.at.min(self.sql.len())..];
+                self.seen.advances |= ADVANCING.iter().any(|word| contains(behind, word.as_bytes()));
                 break;
             }
         }
@@ -273,6 +277,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             let rest = &self.sql[self.at..];
             let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
+            self.seen.local |= local;
             return !(local || transaction);
         }
         self.seen.advances |= matches!(word, b"copy" | b"merge" | b"with");
@@ -320,6 +325,9 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.sql[start..self.at].contains(&b'\\')
     }
 }
+
+/// Words of statements that may change what `currval` says.
+const ADVANCING: [&str; 6] = ["insert", "nextval", "setval", "copy", "merge", "with"];
 
 /// Functions of [`HARMLESS`] that take process ids.
 const WAITS: [&[u8]; 3] =

@@ -8,6 +8,8 @@
 //! server's error by ours. So a transaction fails, a pipeline is skipped and an implicit transaction is rolled back
 //! just as if the server itself had refused.
 
+mod bring;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +18,7 @@ use bytes::{BufMut as _, BytesMut};
 
 use super::address::{self, Addressed};
 use super::lex::Lex;
+use super::named::Named;
 use super::names::{self, Use, Verb};
 use super::{scan, track};
 use crate::config::PoolMode;
@@ -23,11 +26,11 @@ use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
-use crate::wire::frame::{self, HEADER, Header, cstr};
+use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
-type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
 /// What becomes of a frame.
@@ -130,6 +133,7 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue.own_process = seen.own_process;
         residue.processes = seen.processes || (residue.unknown && address::takes_processes(text));
         residue.stores_process = seen.own_process && track::stores(text, ward.lex());
+        residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -156,6 +160,9 @@ enum Expect {
     Function,
     /// A Parse of the client; what its name meant before, should it fail.
     Parse(Option<Box<ParseUndo>>),
+    /// A Parse, or a Close, of the unnamed statement.
+    ParseUnnamed(Turn),
+    CloseUnnamed(Turn),
     /// With the shared statement and the client's name for it.
     Bind(Option<Shared>),
     Describe(Option<Shared>),
@@ -167,8 +174,8 @@ enum Expect {
     CloseBySql(Box<[u8]>),
     /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
     Taken(Box<Taken>),
-    /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
-    Checked(Arc<[u8]>),
+    /// A Parse of what is prepared already, for the server to say whether it may be now.
+    Checked(Box<ParseUndo>),
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
@@ -180,6 +187,8 @@ enum Expect {
     InjectedQuery,
     /// A step of the extended protocol of ours, to be answered by this.
     InjectedStep(u8),
+    /// A Parse of nothing under the name of the statement with this number, which somebody names who does not run it.
+    InjectedEmpty(u64),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
     CopyEnd,
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
@@ -220,6 +229,15 @@ struct Taken {
     statement: Arc<Statement>,
 }
 
+/// A change of what the unnamed statement is.
+#[derive(Debug)]
+struct Turn {
+    /// Its number.
+    serial: u64,
+    /// What it was, should this be skipped; not kept where nothing comes before that could fail.
+    before: Option<Box<Unnamed>>,
+}
+
 /// The unnamed statement of a client.
 #[derive(Debug, Default)]
 struct Unnamed {
@@ -227,6 +245,8 @@ struct Unnamed {
     body: Vec<u8>,
     residue: Residue,
     events: Events,
+    /// The same in the client's words, if it names prepared statements: what they mean is asked when it is used.
+    said: Option<Box<[u8]>>,
 }
 
 #[derive(Debug)]
@@ -234,6 +254,8 @@ struct ParseUndo {
     name: Box<[u8]>,
     /// The statement that was noted as prepared on the server connection.
     statement: Arc<Statement>,
+    /// Its scope is what it is prepared in, as far as is known.
+    in_scope: bool,
 }
 
 /// The state of one client's conversation.
@@ -255,7 +277,9 @@ pub struct Session {
     sync_in_copy: bool,
     residue: Residue,
     queries: u32,
-    named: HashMap<Arc<[u8]>, Arc<Statement>>,
+    named: Named,
+    /// What they may take (bytes); 0 is no limit.
+    max_named: usize,
     /// Names of statements that SQL has prepared.
     by_sql: HashSet<Box<[u8]>>,
     unnamed: Option<Unnamed>,
@@ -268,12 +292,18 @@ pub struct Session {
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
-    /// The client's `search_path`, if it has set one: the same text means something else under another.
+    /// What the same text means something else in another of; see [`scope`].
     scope: Box<str>,
-    /// Something that is not answered yet may take prepared statements away.
-    takes_away: bool,
     /// The client has prepared something that takes process ids.
     addresses: bool,
+    /// It may be another until the transaction ends.
+    rescopes: bool,
+    /// A Query has let the server forget the state of sequences.
+    forgot_sequences: bool,
+    /// Something that is not answered yet may give names to prepared statements, or take them away.
+    renames: bool,
+    /// Why a statement could not be prepared for the Query or the Bind behind it.
+    unprepared: Option<Box<(u64, PgError)>>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -313,7 +343,8 @@ impl Session {
             sync_in_copy: false,
             residue: Residue::none(),
             queries: 0,
-            named: HashMap::default(),
+            named: Named::default(),
+            max_named: 0,
             by_sql: HashSet::default(),
             unnamed: None,
             unnamed_serial: 0,
@@ -322,9 +353,18 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
-            takes_away: false,
             addresses: false,
+            rescopes: false,
+            forgot_sequences: false,
+            renames: false,
+            unprepared: None,
         }
+    }
+
+    /// The same with a limit for the memory (bytes) that the statements take which the client has prepared by name.
+    #[must_use]
+    pub fn with_max_named(self, max_named: usize) -> Self {
+        Self { max_named, ..self }
     }
 
     /// Whether the server connection may go back.
@@ -372,7 +412,8 @@ impl Session {
     pub fn statements_owed(&self) -> usize {
         let says = |e: &Expect| {
             use Expect::*;
-            let parses = matches!(e, Parse(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            let parses =
+                matches!(e, Parse(_) | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
             parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
         };
         let owed = self.expects.iter().filter(|e| says(e)).count();
@@ -386,7 +427,7 @@ impl Session {
             b"" => self.unnamed.as_ref()?.body.as_slice(),
             name => &self.named.get(name)?.body,
         };
-        body.split(|&b| b == 0).next()
+        Some(until_nul(body))
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -406,12 +447,17 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
-    /// Notes the client's `search_path`, if it has set one.
-    pub fn set_scope(&mut self, search_path: Option<&str>) {
-        let search_path = search_path.unwrap_or_default();
-        if *self.scope != *search_path {
-            self.scope = search_path.into();
+    /// Notes what the client's settings have come to; see [`scope::of`].
+    pub fn set_scope(&mut self, scope: String, registry: &Registry) {
+        if *self.scope == *scope {
+            return;
         }
+        for statement in self.named.values_mut() {
+            if let Some(there) = registry.used_in(statement, &scope) {
+                *statement = there;
+            }
+        }
+        self.scope = scope.into();
     }
 
     /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
@@ -467,8 +513,8 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
-        self.takes_away |= residue.frees;
         self.residue.own_process |= residue.own_process;
+        self.rescopes |= residue.rescopes;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -523,8 +569,16 @@ impl Session {
             b'E' => {
                 self.queries += 1;
                 let events = self.bound.take();
+                let asks = renames(&events) && frame.len() == header.total;
+                self.renames |= asks;
                 self.push_extended(Expect::Execute(events));
-                Ok(Verdict::Forward)
+                if !asks {
+                    return Ok(Verdict::Forward);
+                }
+                // What follows waits for the answer: names mean something else then.
+                out.extend_from_slice(frame);
+                message::flush(out);
+                Ok(Verdict::Replace)
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
@@ -581,7 +635,7 @@ impl Session {
     }
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
-        let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&frame[HEADER..]);
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
@@ -608,16 +662,16 @@ impl Session {
         self.queries += 1;
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
-        let shared: Vec<_> = shared.collect();
-        let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
-        if !self.open_group && self.status != b'E' {
-            if residue.lists && self.hide_others(None, link, out) {
-                message::sync(out);
-                self.expects.push_back(Expect::InjectedSync);
-            }
-            self.bring(&shared, link, out);
+        let translated = translate(text, &uses, &events);
+        self.note_used(&events);
+        // An aborted transaction may be over by then.
+        let takes_more = self.status != b'E' || !self.expects.is_empty();
+        if residue.lists && takes_more && !self.open_group && self.hide_others(None, link, out) {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
         }
+        self.bring_to_query(&events, link, out);
+        self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
         match translated.as_ref().or(addressed.as_ref()) {
@@ -635,41 +689,26 @@ impl Session {
         if interesting { names::uses(text, ward.lex()) } else { Vec::new() }
     }
 
+    /// What they mean one after the other: a name that was taken away is the server's business from there on.
     fn events(&self, uses: &[Use]) -> Events {
-        let event = |found: &Use| {
-            let shared = self.named.get(&*found.name).cloned();
-            Event { verb: found.verb, name: found.name.clone(), shared }
-        };
-        (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
-    }
-
-    /// The text with our names for the client's.
-    fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
-        names::rename(text, uses, |found| self.named.get(&*found.name).map(|statement| &*statement.name))
-    }
-
-    /// Prepares statements that the server connection does not have, ahead of a Query.
-    fn bring(&mut self, shared: &[Arc<Statement>], link: &mut Link<'_>, out: &mut BytesMut) {
-        let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
-        for statement in shared {
-            self.bring_one(statement, max, link, out);
+        let mut events = VecDeque::with_capacity(uses.len());
+        for found in uses {
+            let gone = events.iter().any(|before: &Event| match before.verb {
+                Verb::ForgetAll => true,
+                Verb::Deallocate => before.name == found.name,
+                Verb::Prepare | Verb::Execute => false,
+            });
+            let shared = if gone { None } else { self.named.get(&*found.name).cloned() };
+            events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
         }
-        if self.expects.len() > before {
-            message::sync(out);
-            self.expects.push_back(Expect::InjectedSync);
-        }
+        (!events.is_empty()).then(|| Box::new(events))
     }
 
-    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if !link.prepared.touch(statement.id) {
-            self.make_room(statement, max, link, out);
-            if link.prepared.put_right(statement.id) {
-                message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose(statement.id));
-            }
-            message::parse_with(out, &statement.name, &statement.body);
-            self.push_extended(Expect::Injected(statement.id));
+    /// What they leave behind, a text leaves behind that executes them.
+    fn note_used(&mut self, events: &Events) {
+        let used = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
+        for statement in used.collect::<Vec<_>>() {
+            self.note_residue(&statement.residue, true);
         }
     }
 
@@ -731,13 +770,15 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         let whole = frame.len() == header.total;
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
-                link.prepared.unnamed = None;
-                return Ok(self.refuse_parse(error, out));
+                if name.is_empty() {
+                    (self.unnamed, link.prepared.unnamed) = (None, None);
+                }
+                return Ok(self.refuse_parse(name.is_empty(), error, out));
             }
         };
         let Statements::Shared(max) = self.statements else {
@@ -766,27 +807,29 @@ impl Session {
                 self.check(body, out);
                 let shown = String::from_utf8_lossy(&name);
                 let error = format!("prepared statement \"{shown}\" already exists");
-                return Ok(self.refuse_parse(PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
+                return Ok(self.refuse_parse(false, PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
             }
             message::parse_with(out, &taken.name, body);
             let statement = link.registry.intern(&self.scope, body, || residue);
             self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
             return Ok(Verdict::Instead);
         }
+        if self.named.is_full(name, body, self.max_named) {
+            return Ok(self.refuse_parse(false, too_many_names(self.max_named), out));
+        }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
-        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
-            // It may be gone by then, or not: it is closed, and prepared again.
-            link.prepared.squat(statement.id);
-        }
+        let in_scope = !self.scope_in_doubt();
+        let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
         if link.prepared.touch(statement.id) {
-            if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
+            let accepted = statement.accepted.load(Ordering::Relaxed);
+            if !accepted || self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
                 // have a search_path of its own.
                 message::close(out, b'S', CHECK);
                 message::parse_with(out, CHECK, &statement.body);
                 self.push_extended(Expect::InjectedStep(b'3'));
-                self.push_extended(Expect::Checked(name.into()));
+                self.push_extended(Expect::Checked(parsed));
                 return Ok(Verdict::Instead);
             }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -794,13 +837,8 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
-        if link.prepared.put_right(statement.id) {
-            message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose(statement.id));
-        }
         message::parse_with(out, &statement.name, &statement.body);
-        let undo = ParseUndo { name: name.into(), statement };
-        self.push_extended(Expect::Parse(Some(Box::new(undo))));
+        self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
     }
 
@@ -853,21 +891,22 @@ impl Session {
         self.note_residue(&residue, whole);
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).any(|event| event.shared.is_some());
-        let translated = shared.then(|| {
-            let mut translated = self.translate(text, &uses);
-            translated.extend_from_slice(&body[text.len()..]);
-            translated
-        });
+        let translated =
+            translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
+        let said = events.is_some().then(|| body.into());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
+        let before = self.unnamed_before();
         self.remember_unnamed(if whole { Some(body) } else { None }, residue, events);
+        if let Some(unnamed) = &mut self.unnamed {
+            unnamed.said = said;
+        }
         link.prepared.unnamed = Some(self.unnamed_owner());
         if let Statements::Shared(max) = self.statements {
             // What it returns is looked up here.
             self.bring_used(max, link, out);
         }
-        self.push_extended(Expect::Parse(None));
+        self.push_extended(Expect::ParseUnnamed(Turn { serial: self.unnamed_serial, before }));
         if translated.is_none() {
             return Verdict::Forward;
         }
@@ -897,9 +936,12 @@ impl Session {
         if name.is_empty() || self.named.contains_key(name) || self.by_sql.contains(name) {
             return None;
         }
+        if self.named.is_full(name, body, self.max_named) {
+            return None;
+        }
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         if ward.looks() && see(text, ward).0.suspicious {
             return None;
         }
@@ -918,15 +960,23 @@ impl Session {
         kept.body.extend_from_slice(body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default());
     }
 
+    /// What the unnamed statement is, for a message that changes it and may be skipped.
+    fn unnamed_before(&mut self) -> Option<Box<Unnamed>> {
+        if self.expects.is_empty() { None } else { self.unnamed.take().map(Box::new) }
+    }
+
     fn unnamed_owner(&self) -> UnnamedOwner {
         UnnamedOwner { client: self.client, serial: self.unnamed_serial }
     }
 
-    /// Notes a statement as prepared on the server, and closes the least recently used one if there are too many.
+    /// Notes a statement as prepared on the server, closes the least recently used one if there are too many, and what has
+    /// its name there.
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if let Some(victim) = link.prepared.add(statement.clone(), max) {
-            message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose(victim.id));
+        let victim = link.prepared.add(statement.clone(), max);
+        let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
+        for closed in victim.into_iter().chain(squatter) {
+            message::close(out, b'S', &closed.name);
+            self.push_extended(Expect::InjectedClose(closed.id));
         }
     }
 
@@ -953,6 +1003,9 @@ impl Session {
             Addressed::Said(values) => Some(values),
             Addressed::Later => return Ok(Verdict::Later),
         };
+        if let Some(error) = self.miscounted(name, values, link.prepared) {
+            return Ok(self.refuse_parse(false, error, out));
+        }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
         };
@@ -1039,18 +1092,10 @@ impl Session {
         self.bring_used(max, link, out);
     }
 
-    /// Prepares what the unnamed statement names.
-    fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
-        let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
-        for statement in shared {
-            self.bring_one(&statement, max, link, out);
-        }
-    }
-
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
+            self.translate_unnamed(link.ward);
             let body = &self.unnamed.as_ref()?.body;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
             if link.prepared.unnamed == Some(owner) {
@@ -1073,8 +1118,25 @@ impl Session {
         let (statement, events) =
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
         let statement = if statement.residue.processes { self.addressed_now(statement, link) } else { statement };
-        self.bring_one(&statement, max, link, out);
+        self.bring_apart(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
+    }
+
+    /// What the unnamed statement names may mean something else since its Parse.
+    fn translate_unnamed(&mut self, ward: &dyn Ward) {
+        let said = self.unnamed.as_mut().and_then(|unnamed| unnamed.said.take());
+        let Some(said) = said else { return };
+        let text = until_nul(&said);
+        let uses = names::uses(text, ward.lex());
+        let events = self.events(&uses);
+        let mut body = translate(text, &uses, &events).unwrap_or_else(|| text.to_vec());
+        body.extend_from_slice(&said[text.len()..]);
+        let Some(unnamed) = &mut self.unnamed else { return };
+        if unnamed.body != body {
+            self.unnamed_serial += 1;
+            unnamed.body = body;
+        }
+        (unnamed.events, unnamed.said) = (events, Some(said));
     }
 
     /// A statement that names others (`EXECUTE a`), with our names for what they mean now; these are prepared first.
@@ -1085,17 +1147,12 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> (Arc<Statement>, Events) {
-        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = statement.text();
         let uses = names::uses(text, link.ward.lex());
         let events = self.events(&uses);
-        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
-        if used.is_empty() {
-            return (statement, events);
-        }
-        for used in &used {
-            self.bring_one(used, max, link, out);
-        }
-        let mut body = self.translate(text, &uses);
+        let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
+        self.bring_all(&events, max, link, out);
+        self.note_used(&events);
         body.extend_from_slice(&statement.body[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
@@ -1103,7 +1160,7 @@ impl Session {
 
     fn unknown(&mut self, out: &mut BytesMut) -> Verdict {
         let text = "unnamed prepared statement does not exist";
-        self.refuse_parse(PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
+        self.refuse_parse(false, PgError::error(sqlstate::UNKNOWN_STATEMENT, text), out)
     }
 
     fn describe_or_close(
@@ -1137,9 +1194,10 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         if header.tag == b'C' {
-            self.unnamed = None;
-            link.prepared.unnamed = None;
-            self.push_extended(expect);
+            let before = self.unnamed_before();
+            self.unnamed_serial += 1;
+            (self.unnamed, link.prepared.unnamed) = (None, None);
+            self.push_extended(Expect::CloseUnnamed(Turn { serial: self.unnamed_serial, before }));
             return Ok(Verdict::Forward);
         }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
@@ -1189,13 +1247,19 @@ impl Session {
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
                 let mut shared = events.iter().filter_map(|e| Some((e.shared.as_ref()?.id, &e.name)));
                 let text = String::from_utf8_lossy(frame);
-                let found = shared.find(|(id, _)| text.contains(&format!("\"pgusher_{id}\"")));
+                let unprepared = self.unprepared.as_ref().map(|unprepared| unprepared.0);
+                let found =
+                    shared.find(|(id, _)| unprepared == Some(*id) || text.contains(&format!("\"pgusher_{id}\"")));
                 let Some((id, name)) = found else { return false };
                 (format!("\"pgusher_{id}\""), String::from_utf8_lossy(name).into_owned())
             }
             _ => return false,
         };
         let mut error = server_error(&frame[HEADER..]);
+        if let Some(reason) = self.reason_for(&error, &ours) {
+            message::error_response(out, reason);
+            return true;
+        }
         if !error.message.contains(&ours) {
             return false;
         }
@@ -1211,10 +1275,10 @@ impl Session {
         Verdict::Instead
     }
 
-    /// Lets the server reject a Parse in the place of what the client sent.
-    fn refuse_parse(&mut self, error: PgError, out: &mut BytesMut) -> Verdict {
-        message::parse(out, b"", REJECTED.as_bytes(), &[0, 0]);
-        self.unnamed = None;
+    /// Lets the server reject a Parse in the place of what the client sent. One of the unnamed statement takes away what
+    /// that was.
+    fn refuse_parse(&mut self, unnamed: bool, error: PgError, out: &mut BytesMut) -> Verdict {
+        message::parse(out, if unnamed { b"" } else { CHECK }, REJECTED.as_bytes(), &[0, 0]);
         self.push_extended(Expect::RefusedParse(Box::new(error)));
         Verdict::Instead
     }
@@ -1264,7 +1328,8 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, Desync> {
         match header.tag {
-            b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
+            b'N' => Ok(self.notice()),
+            b'D' | b'd' | b'T' | b't' | b'n' | b'A' | b'S' | b'H' | b'c' | b'V' => {
                 if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
                     self.take();
                 }
@@ -1284,13 +1349,12 @@ impl Session {
                 Ok(Verdict::Swallow)
             }
             b'1' => match self.take() {
-                Some(Expect::Parse(parsed)) => {
-                    if let Some(parsed) = parsed {
-                        parsed.statement.accepted.store(true, Ordering::Relaxed);
-                    }
+                Some(Expect::Parse(None)) => Ok(Verdict::Forward),
+                Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                    parsed.statement.accepted.fetch_or(parsed.in_scope, Ordering::Relaxed);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Checked(_)) => Ok(Verdict::Forward),
+                Some(Expect::ParseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1302,12 +1366,12 @@ impl Session {
                     self.named.insert(taken.by.name, taken.statement);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
+                Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedEmpty(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
             b'3' => match self.take() {
-                Some(Expect::Close) => Ok(Verdict::Forward),
+                Some(Expect::Close | Expect::CloseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::CloseBySql(_)) => Ok(Verdict::Forward),
                 Some(Expect::InjectedClose(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'3')),
@@ -1322,6 +1386,18 @@ impl Session {
         }
     }
 
+    /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
+    fn notice(&mut self) -> Verdict {
+        match self.expects.front_mut() {
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Verdict::Swallow,
+            Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                parsed.in_scope = false;
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        }
+    }
+
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
         match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
@@ -1332,11 +1408,18 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.takes_away &= self.expects.len() > 1;
+        if self.expects.len() <= 1 {
+            self.renames = false;
+            self.rescopes &= status != b'I';
+            self.forgot_sequences = false;
+        }
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
-            Some(expect) if ends_by_itself(&expect) => Ok(Verdict::Forward),
+            Some(expect) if ends_by_itself(&expect) => {
+                self.unprepared = None;
+                Ok(Verdict::Forward)
+            }
             _ => Err(Desync(b'Z')),
         }
     }
@@ -1367,7 +1450,10 @@ impl Session {
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
         if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
+            self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
+        } else {
+            self.may_advance(prepared);
         }
         if matches!(self.expects.front(), Some(Expect::Execute(_))) {
             self.take();
@@ -1375,18 +1461,19 @@ impl Session {
         Verdict::Forward
     }
 
-    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    /// What comes behind a DISCARD in the same Query counts again.
+    #[inline]
+    fn may_advance(&mut self, prepared: &mut Prepared) {
+        if std::mem::take(&mut self.forgot_sequences) {
+            prepared.sequences_of = Some(self.client);
+        }
+    }
+
+    /// Nothing is prepared any more.
     fn forget_all(&mut self, prepared: &mut Prepared) {
-        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
-        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
-        self.named = kept;
+        self.named = Named::default();
         self.by_sql.clear();
         prepared.clear();
-        for expect in &self.expects {
-            if let Expect::Parse(Some(undo)) = expect {
-                prepared.add(undo.statement.clone(), usize::MAX);
-            }
-        }
     }
 
     /// A statement about a name has been carried out.
@@ -1395,10 +1482,11 @@ impl Session {
             (Verb::Prepare, _) => drop(self.by_sql.insert(event.name)),
             (Verb::Deallocate, Some(statement)) => {
                 prepared.remove(statement.id);
+                prepared.put_right(statement.id);
                 self.named.remove(&event.name[..]);
             }
             (Verb::Deallocate, None) => drop(self.by_sql.remove(&event.name)),
-            (Verb::Execute, _) => {}
+            (Verb::Execute | Verb::ForgetAll, _) => {}
         }
     }
 
@@ -1408,6 +1496,7 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
+        self.may_advance(prepared);
         if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
@@ -1423,8 +1512,11 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
-            _ if self.rename_in_error(frame, out) => Verdict::Instead,
+            Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
+                self.note_unprepared(server_error(&frame[HEADER..]));
+                Verdict::Swallow
+            }
+            _ if self.rename_in_error(frame, out) || explain_denied_lock(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
         if self.expects.front().is_none_or(ends_by_itself) {
@@ -1435,6 +1527,10 @@ impl Session {
         let mut skipped = Vec::new();
         while !matches!(self.expects.front(), None | Some(Expect::Sync | Expect::InjectedSync)) {
             skipped.extend(self.take());
+        }
+        if let Some(Expect::ParseUnnamed(failed)) = skipped.first_mut() {
+            // Not skipped: a Parse that fails takes away what there was.
+            failed.before = None;
         }
         self.failed |= self.expects.is_empty();
         // What was noted last goes first: a name may have been given and taken away.
@@ -1447,25 +1543,36 @@ impl Session {
     /// Whether the frame has to wait until the server has answered what came before: it may name a statement of which is
     /// not known yet whether an earlier group of messages, still under way, has prepared or closed it.
     #[inline]
-    pub fn must_wait(&self, header: Header) -> bool {
+    pub fn must_wait(&self, header: Header, frame: &[u8]) -> bool {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
+        }
+        if self.renames && self.expects.iter().any(is_renaming) {
+            return true;
         }
         let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
-            Expect::Query(events) | Expect::Execute(events) => events.is_some(),
             Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };
-        self.expects.iter().take(last + 1).any(in_doubt)
+        let mut earlier = self.expects.iter().take(last + 1);
+        earlier.clone().any(in_doubt) || (uses_unnamed(header, frame) && earlier.any(|e| self.makes_unnamed(e)))
     }
 
-    /// Whether the Parse of ours that is answered now is for a Query.
-    fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
-        matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
+    /// Whether the unnamed statement is what it is only if this is carried out.
+    fn makes_unnamed(&self, expect: &Expect) -> bool {
+        match expect {
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => turn.serial == self.unnamed_serial,
+            Expect::InjectedUnnamed => true,
+            _ => false,
+        }
+    }
+
+    /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
+    fn is_in_group_of_ours(&self) -> bool {
+        matches!(self.expects.iter().find(|e| !is_step_of_ours(e)), Some(Expect::InjectedSync))
     }
 
     /// Takes back what was noted when a message was sent that the server has not carried out.
@@ -1475,13 +1582,12 @@ impl Session {
                 prepared.remove(undo.statement.id);
                 self.named.remove(&undo.name[..]);
             }
-            Expect::Parse(None) | Expect::InjectedUnnamed | Expect::RefusedParse(_) | Expect::Taken(_) => {
-                prepared.unnamed = None;
-                self.unnamed = None;
-            }
+            Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => self.undo_unnamed(turn, prepared),
+            Expect::InjectedUnnamed => prepared.unnamed = prepared.unnamed.filter(|o| *o != self.unnamed_owner()),
             Expect::Injected(id) => prepared.remove(id),
+            Expect::InjectedEmpty(id) => drop(prepared.put_right(id)),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
-            Expect::Checked(name) => drop(self.named.remove(&name)),
+            Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
                 self.named.remove(&name[..]);
             }
@@ -1492,6 +1598,25 @@ impl Session {
             Expect::InjectedClose(id) => prepared.squat(id),
             _ => {}
         }
+    }
+
+    /// The unnamed statement is what it was, unless something behind it has changed it again.
+    fn undo_unnamed(&mut self, turn: Turn, prepared: &mut Prepared) {
+        if prepared.unnamed == Some(UnnamedOwner { client: self.client, serial: turn.serial }) {
+            prepared.unnamed = None;
+        }
+        for later in &mut self.expects {
+            match later {
+                Expect::ParseUnnamed(later) | Expect::CloseUnnamed(later) => {
+                    later.before = turn.before;
+                    return;
+                }
+                // It takes the unnamed statement away.
+                Expect::Query(_) | Expect::RefusedQuery(_) => return,
+                _ => {}
+            }
+        }
+        self.unnamed = turn.before.map(|before| *before);
     }
 
     /// The server reads nothing but COPY messages now: a Sync that is already on its way is ignored there.
@@ -1508,25 +1633,53 @@ impl Session {
     }
 }
 
+/// Whether it is a message of ours, for what the client says behind it.
+fn is_step_of_ours(expect: &Expect) -> bool {
+    matches!(
+        expect,
+        Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_) | Expect::InjectedEmpty(_)
+    )
+}
+
 /// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.
 fn ends_by_itself(expect: &Expect) -> bool {
     use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
 }
 
-/// The name of the client's that a message gives a meaning to.
-fn prepares(expect: &Expect) -> Option<&[u8]> {
-    match expect {
-        Expect::Parse(Some(undo)) => Some(&undo.name),
-        Expect::OurParse(name) => Some(name),
-        Expect::Checked(name) => Some(name),
-        _ => None,
+/// Whether names of prepared statements mean something else when this is done.
+fn renames(events: &Events) -> bool {
+    events.iter().flat_map(|events| events.iter()).any(|event| event.verb != Verb::Execute)
+}
+
+fn is_renaming(expect: &Expect) -> bool {
+    matches!(expect, Expect::Query(events) | Expect::Execute(events) if renames(events))
+}
+
+/// The text with our names for the client's, if it has any.
+fn translate(text: &[u8], uses: &[Use], events: &Events) -> Option<Vec<u8>> {
+    let events = events.as_ref()?;
+    events.iter().any(|event| event.shared.is_some()).then(|| {
+        let ours = events.iter().map(|event| event.shared.as_ref().map(|statement| &*statement.name));
+        names::rename(text, uses, ours)
+    })
+}
+
+/// Whether a message uses the unnamed statement. What cannot be told yet may.
+fn uses_unnamed(header: Header, frame: &[u8]) -> bool {
+    let unnamed = |name: &[u8]| name.first().is_none_or(|first| *first == 0);
+    match header.tag {
+        b'B' => cstr(frame.get(HEADER..).unwrap_or_default()).is_none_or(|(_, rest)| unnamed(rest)),
+        b'D' => {
+            frame.get(HEADER).is_none_or(|what| *what == b'S') && unnamed(frame.get(HEADER + 1..).unwrap_or_default())
+        }
+        _ => false,
     }
 }
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.
 fn is_about_names(tag: &[u8]) -> bool {
-    matches!(tag, b"PREPARE" | b"DEALLOCATE")
+    matches!(tag, b"PREPARE" | b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL")
 }
 
 enum Resolved {
@@ -1542,6 +1695,28 @@ enum Resolved {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("unexpected message {:?} from the server", char::from(*.0))]
 pub struct Desync(pub u8);
+
+/// Advisory locks have a key space per tenant, by functions in the place of PostgreSQL's: under a `search_path` of the
+/// client's own these are not found, and PostgreSQL's may not be called.
+fn explain_denied_lock(frame: &[u8], out: &mut BytesMut) -> bool {
+    let error = server_error(frame.get(HEADER..).unwrap_or_default());
+    let denied = error.code == sqlstate::INSUFFICIENT_PRIVILEGE && error.hint.is_none();
+    if !denied
+        || !error.message.starts_with("permission denied for function pg_")
+        || !error.message.contains("advisory")
+    {
+        return false;
+    }
+    let hint = "End your search_path with \"tenant_shim, pg_catalog\", or call tenant_shim's function of that name.";
+    message::error_response(out, &error.hint(hint));
+    true
+}
+
+fn too_many_names(max: usize) -> PgError {
+    PgError::error(sqlstate::LIMIT_EXCEEDED, "too many prepared statements (max_client_prepared_memory)")
+        .detail(format!("What this connection has prepared by name may take {max} bytes of the proxy's memory."))
+        .hint("Close statements that are not used any more (DEALLOCATE ALL), or raise max_client_prepared_memory.")
+}
 
 fn malformed(kind: &str) -> PgError {
     PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid {kind} message"))

@@ -74,15 +74,14 @@ impl Named {
         None
     }
 
-    /// The server owes nothing any more: connections that were held go their ways.
+    /// Whether anybody was named.
     #[inline]
-    pub(super) fn answered(&self, reset_timeout: Duration) {
-        if self.0.borrow().is_some() {
-            self.let_go(reset_timeout);
-        }
+    pub(super) fn is_any(&self) -> bool {
+        self.0.borrow().is_some()
     }
 
-    fn let_go(&self, reset_timeout: Duration) {
+    /// The server owes nothing any more: connections that were held go their ways.
+    pub(super) fn let_go(&self, reset_timeout: Duration) {
         let Some(clients) = self.0.borrow_mut().take() else { return };
         for StandIn { client, lease } in clients.stand_ins {
             let Some(mut lease) = lease else { continue };

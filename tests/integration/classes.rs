@@ -561,3 +561,24 @@ async fn class_16_an_earlier_client_leaves_no_trace() {
     .await
     .unwrap();
 }
+
+/// Advisory locks under a `search_path` of the client's own: refused with a way out, and kept apart by tenant on that way.
+#[tokio::test(flavor = "multi_thread")]
+async fn advisory_locks_under_an_own_search_path() {
+    let world = World::start(|config| config.pool.pool_mode = PoolMode::Auto).await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_002").await);
+    one.query("SET search_path = client_001").await;
+    let said = one.query("SELECT pg_try_advisory_lock(7)").await;
+    let error = said.iter().find(|m| m.tag == b'E').unwrap();
+    assert_eq!(error.code(), "42501");
+    assert!(error.field(b'H').contains("tenant_shim"), "{}", error.field(b'H'));
+    assert_eq!(one.value("SELECT tenant_shim.pg_try_advisory_lock(7)").await, "t");
+    one.query("SET search_path = client_001, tenant_shim, pg_catalog").await;
+    assert_eq!(one.value("SELECT pg_try_advisory_lock(8)").await, "t");
+    // Kept from others of the tenant, not from other tenants.
+    let mut again = world.raw("client_001").await;
+    for key in [7, 8] {
+        assert_eq!(again.value(&format!("SELECT pg_try_advisory_lock({key})")).await, "f");
+        assert_eq!(two.value(&format!("SELECT pg_try_advisory_lock({key})")).await, "t");
+    }
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgusher::config::PoolMode;
 
-use crate::raw::{Raw, show};
+use crate::raw::{Batch, Raw, show};
 use crate::world::World;
 
 const MODES: [PoolMode; 3] = [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction];
@@ -436,7 +436,7 @@ async fn a_client_lost_in_the_middle_leaves_no_connection_behind() {
                 _ => {
                     // The server has seen the beginning of it.
                     let sql = format!("INSERT INTO bookings (note) VALUES ('lost') --{}", "x".repeat(100_000));
-                    let mut batch = crate::raw::Batch::default();
+                    let mut batch = Batch::default();
                     batch.query(&sql);
                     client.send(&batch.0[..60_000]).await;
                     world.metric_until("pgusher_clients{state=\"active\"}", 1.0).await;
@@ -544,4 +544,47 @@ async fn an_idle_client_is_told_to_go_in_session_mode_too() {
     client.query("SELECT pg_sleep(0.5)").await;
     assert_eq!(show(&client.query("COMMIT").await), "C(COMMIT) Z(I)");
     assert_eq!(client.next().await.unwrap().code(), "57P05");
+}
+
+/// A server that is restarted while nobody uses it: not one client hears of it, those who took settings along included.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_between_transactions_is_nobodys_business() {
+    let world = world(PoolMode::Auto, |config| config.pool.default_pool_size = 4).await;
+    let mut clients = Vec::new();
+    for n in 0..8 {
+        let mut client = world.raw("client_001").await;
+        assert_eq!(show(&client.query(&format!("SET work_mem = '{}kB'", 100 + n)).await), "C(SET) Z(I)");
+        let prepare = |b: &mut Batch| {
+            b.parse("mine", &format!("SELECT {n}"));
+            b.sync();
+        };
+        client.compose(prepare).await;
+        client.until_ready().await;
+        clients.push(client);
+    }
+    let held = clients.iter_mut().map(|client| client.query("SELECT pg_sleep(0.2)"));
+    futures_util::future::join_all(held).await;
+    let before = world.server_processes().await;
+    assert!(before > 1, "{before}");
+    let cluster = world.clusters[0].clone();
+    tokio::task::spawn_blocking(move || cluster.restart()).await.unwrap();
+    for (n, client) in clients.iter_mut().enumerate() {
+        assert_eq!(client.value("SHOW work_mem").await, format!("{}kB", 100 + n));
+        let run = |b: &mut Batch| {
+            b.bind("", "mine", &[]);
+            b.execute("");
+            b.sync();
+        };
+        client.compose(run).await;
+        assert_eq!(show(&client.until_ready().await), format!("2 D({n}) C(SELECT 1) Z(I)"));
+    }
+    // And if only the processes end, while they are idle.
+    let admin = world.cluster().admin("tenants").await;
+    let ended = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE usename = 'client_001'";
+    for _ in 0..20 {
+        admin.query_one(ended, &[]).await.unwrap();
+        for (n, client) in clients.iter_mut().enumerate().take(2) {
+            assert_eq!(client.value("SHOW work_mem").await, format!("{}kB", 100 + n));
+        }
+    }
 }

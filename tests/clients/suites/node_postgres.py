@@ -24,11 +24,13 @@ def sources():
         archive = debian.archive("sid", "node-postgres", "node-postgres_*.orig.tar.gz")
         shutil.unpack_archive(archive, home / "source")
         shutil.move(next((home / "source").glob("*/packages")), home / "packages")
-        wanted = {}
+        wanted, own = {}, {}
         for package in PACKAGES:
             about = json.loads((home / "packages" / package / "package.json").read_text())
-            wanted[package] = about["version"]
             wanted |= about.get("dependencies", {}) | about.get("devDependencies", {})
+            own[package] = about["version"]
+        # Of their own packages those of the same release: later ones warn of what the tests do.
+        wanted |= own
         wanted = {name: version for name, version in wanted.items() if not UNUSED.search(name)}
         (home / "package.json").write_text(json.dumps({"private": True, "dependencies": wanted}))
         run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--no-package-lock", "--legacy-peer-deps"], cwd=home,
