@@ -1102,7 +1102,7 @@ impl Session {
     /// Makes sure that the server connection has the statement that the client means.
     fn resolve(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Resolved> {
         if name.is_empty() {
-            self.translate_unnamed(link.ward);
+            self.translate_unnamed(link);
             let body = &self.unnamed.as_ref()?.body;
             let owner = UnnamedOwner { client: self.client, serial: self.unnamed_serial };
             if link.prepared.unnamed == Some(owner) {
@@ -1130,12 +1130,12 @@ impl Session {
     }
 
     /// What the unnamed statement names may mean something else since its Parse.
-    fn translate_unnamed(&mut self, ward: &dyn Ward) {
+    fn translate_unnamed(&mut self, link: &Link<'_>) {
         let said = self.unnamed.as_mut().and_then(|unnamed| unnamed.said.take());
         let Some(said) = said else { return };
         let text = until_nul(&said);
-        let uses = names::uses(text, ward.lex());
-        let events = self.events(&uses);
+        let uses = names::uses(text, link.ward.lex());
+        let events = self.events(&uses, link.registry);
         let mut body = translate(text, &uses, &events).unwrap_or_else(|| text.to_vec());
         body.extend_from_slice(&said[text.len()..]);
         let Some(unnamed) = &mut self.unnamed else { return };
