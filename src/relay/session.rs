@@ -602,7 +602,7 @@ impl Session {
 
     fn events(&self, uses: &[Use]) -> Events {
         let event = |found: &Use| {
-            let shared = self.named.get(&*found.name).cloned();
+            let shared = self.named.get(&found.name).cloned();
             Event { verb: found.verb, name: found.name.clone(), shared }
         };
         (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
@@ -617,7 +617,7 @@ impl Session {
 
     /// The text with our names for the client's.
     fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
-        names::rename(text, uses, |found| self.named.get(&*found.name).map(|statement| &*statement.name))
+        names::rename(text, uses, |found| self.named.get(&found.name).map(|statement| &*statement.name))
     }
 
     /// Prepares statements that the server connection does not have, ahead of a Query.
