@@ -32,7 +32,7 @@ use crate::pool::params::Params;
 use crate::pool::{CheckoutError, DATABASE, Lease, Settings};
 use crate::relay::{self, Client, End};
 use crate::server::{self, Settled, Shared};
-use crate::stream::{Detached, Stream};
+use crate::stream::{Moving, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
 use crate::tenant::{Status, TenantId};
@@ -63,7 +63,7 @@ impl std::fmt::Display for Peer {
 
 /// A client that is logged in, on its way to its tenant's worker.
 pub struct Admitted {
-    stream: Detached,
+    stream: Moving,
     input: BytesMut,
     /// What is to be sent before the greeting.
     unsent: BytesMut,
@@ -82,8 +82,8 @@ pub struct Admitted {
 
 impl Admitted {
     /// The tenant that it belongs to.
-    pub fn tenant_id(&self) -> &str {
-        self.tenant.id.as_str()
+    pub fn tenant_id(&self) -> &TenantId {
+        &self.tenant.id
     }
 }
 
@@ -157,7 +157,11 @@ async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
-                let Ok(stream) = stream.detach() else { return };
+                let stream = match shared.is_here(&tenant.id) {
+                    true => Ok(Moving::Within(stream)),
+                    false => stream.detach().map(Moving::Between),
+                };
+                let Ok(stream) = stream else { return };
                 let admitted = Admitted {
                     stream,
                     input,
@@ -389,7 +393,7 @@ async fn greet(
     worker: &Arc<relay::Worker>,
     goodbye: &Goodbye,
 ) -> Result<(Client, BytesMut, (Registered, Counted)), Option<PgError>> {
-    let mut stream = admitted.stream.attach().map_err(|_| None)?;
+    let mut stream = admitted.stream.arrive().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
     if shared.is_draining() {
@@ -414,7 +418,7 @@ async fn greet(
     let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let pid = lease.as_mut().map(|lease| lease.conn().cancel_target().pid);
-    let key = shared.cancels.issue(secret_len, pid, signals.clone());
+    let key = shared.cancels.issue(secret_len, pid, &admitted.tenant.id, signals.clone());
     message::authentication_ok(&mut out);
     for (name, value) in params.iter() {
         message::parameter_status(&mut out, name, value.as_bytes());

@@ -70,6 +70,8 @@ pub mod sqlstate {
     pub const IDLE_SESSION_TIMEOUT: &str = "57P05";
     /// `query_canceled`
     pub const QUERY_CANCELED: &str = "57014";
+    /// A transaction that has failed takes nothing but its end.
+    pub const IN_FAILED_TRANSACTION: &str = "25P02";
     /// `idle_in_transaction_session_timeout`
     pub const IDLE_IN_TRANSACTION_TIMEOUT: &str = "25P03";
     /// `internal_error`

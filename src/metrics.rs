@@ -20,7 +20,19 @@ pub const TIME_BUCKETS: [u64; 18] = [
     5_000_000, 10_000_000, 30_000_000, 60_000_000,
 ];
 
-/// A histogram of durations.
+/// Adds to a counter that only the calling thread writes: a tenth of what an addition costs that others may write too.
+#[inline]
+pub fn count(counter: &AtomicU64, by: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+/// Moves a gauge that only the calling thread writes.
+#[inline]
+pub fn shift(gauge: &AtomicUsize, by: isize) {
+    gauge.store(gauge.load(Ordering::Relaxed).wrapping_add_signed(by), Ordering::Relaxed);
+}
+
+/// A histogram of durations, written by one thread.
 #[derive(Debug, Default)]
 pub struct Times {
     buckets: [AtomicU64; TIME_BUCKETS.len() + 1],
@@ -33,8 +45,8 @@ impl Times {
     pub fn observe(&self, time: Duration) {
         let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let at = TIME_BUCKETS.iter().position(|&bound| us <= bound).unwrap_or(TIME_BUCKETS.len());
-        self.buckets[at].fetch_add(1, Ordering::Relaxed);
-        self.sum_us.fetch_add(us, Ordering::Relaxed);
+        count(&self.buckets[at], 1);
+        count(&self.sum_us, us);
     }
 
     /// Count per bucket (not cumulative; the last one is above every bound), and the sum in microseconds.
@@ -74,7 +86,8 @@ pub struct WorkerStats {
 }
 
 /// Why a client keeps its server connection between transactions.
-pub const PIN_REASONS: [&str; 8] = ["temp", "cursor", "prepare", "listen", "lock", "sequence", "seed", "unknown"];
+pub const PIN_REASONS: [&str; 10] =
+    ["temp", "cursor", "prepare", "listen", "lock", "role", "sequence", "seed", "process", "unknown"];
 
 /// Notifications, by what became of them.
 #[derive(Debug, Default)]
@@ -140,12 +153,11 @@ impl TenantStats {
     /// Counts statements; `second` is any clock that grows by one a second.
     #[inline]
     pub fn count_queries(&self, n: u32, second: u64) {
-        self.queries.fetch_add(u64::from(n), Ordering::Relaxed);
+        count(&self.queries, u64::from(n));
         let slot = &self.window[(second % self.window.len() as u64) as usize];
         let old = slot.load(Ordering::Relaxed);
-        // One thread serves a tenant; a lost update between two would cost a count in a gauge.
-        let count = if old >> 32 == second & 0xffff_ffff { old & 0xffff_ffff } else { 0 };
-        slot.store((second << 32) | (count + u64::from(n)), Ordering::Relaxed);
+        let so_far = if old >> 32 == second & 0xffff_ffff { old & 0xffff_ffff } else { 0 };
+        slot.store((second << 32) | (so_far + u64::from(n)), Ordering::Relaxed);
     }
 
     /// Statements per second over the last full [`RATE_WINDOW`] seconds.

@@ -12,7 +12,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -105,7 +105,7 @@ pub struct Shared {
     pub mock: MockSecret,
     /// Startup settings in use.
     pub settings: Interner,
-    workers: Vec<(Handle, Arc<Worker>)>,
+    workers: Vec<Serving>,
     hasher: ahash::RandomState,
     next_client: AtomicU64,
     /// Cancelled when a shutdown begins.
@@ -153,12 +153,29 @@ impl Shared {
         self.stopping.clone()
     }
 
+    /// Who serves a tenant.
+    fn worker_of(&self, id: &TenantId) -> Option<&Serving> {
+        let at = self.hasher.hash_one(id.as_str()) % self.workers.len() as u64;
+        self.workers.get(usize::try_from(at).ok()?)
+    }
+
+    /// Whether the calling thread is the one that serves the tenant.
+    pub fn is_here(&self, id: &TenantId) -> bool {
+        self.worker_of(id).is_some_and(|serving| serving.thread == std::thread::current().id())
+    }
+
     /// Has a logged-in client served by its tenant's worker.
     pub fn hand_over(self: &Arc<Self>, admitted: Admitted) {
-        let at = self.hasher.hash_one(admitted.tenant_id()) % self.workers.len() as u64;
-        let Some((handle, worker)) = usize::try_from(at).ok().and_then(|at| self.workers.get(at)) else { return };
+        let Some(Serving { handle, worker, .. }) = self.worker_of(admitted.tenant_id()) else { return };
         handle.spawn(connection::serve(admitted, self.clone(), worker.clone()));
     }
+}
+
+/// A worker, and the thread that it runs on.
+struct Serving {
+    handle: Handle,
+    worker: Arc<Worker>,
+    thread: ThreadId,
 }
 
 impl Traffic for Shared {
@@ -353,7 +370,7 @@ fn build(
     config: &Config,
     directory: Directory,
     client_tls: Arc<ClientTls>,
-    runtimes: Vec<Handle>,
+    runtimes: Vec<(Handle, ThreadId)>,
 ) -> Result<Shared, ServeError> {
     let settled = settle(config)?;
     let directory = Arc::new(directory);
@@ -366,17 +383,17 @@ fn build(
         metrics.clone(),
     );
     let pools = Arc::new(Pools::new(Arc::new(connector), limits(config), metrics.clone()));
-    let worker = |(at, handle): (usize, Handle)| {
-        let worker = Worker {
+    let serving = |(at, (handle, thread)): (usize, (Handle, ThreadId))| {
+        let worker = Arc::new(Worker {
             directory: directory.clone(),
             pools: pools.clone(),
             metrics: metrics.clone(),
             stats: metrics.worker(at),
             buffers: Buffers::new(config.proxy.pkt_buf),
-        };
-        (handle, Arc::new(worker))
+        });
+        Serving { handle, worker, thread }
     };
-    let workers = runtimes.into_iter().enumerate().map(worker).collect();
+    let workers = runtimes.into_iter().enumerate().map(serving).collect();
     Ok(Shared {
         settled: ArcSwap::from_pointee(settled),
         directory,
@@ -394,16 +411,26 @@ fn build(
     })
 }
 
-fn start_threads(workers: usize, shutdown: &CancellationToken) -> io::Result<(Vec<Handle>, Vec<JoinHandle<()>>)> {
-    let (mut handles, mut threads) = (Vec::new(), Vec::new());
+type Threads = (Vec<(Handle, ThreadId)>, Vec<JoinHandle<()>>);
+
+fn start_threads(workers: usize, shutdown: &CancellationToken) -> io::Result<Threads> {
+    let (mut runtimes, mut threads) = (Vec::new(), Vec::new());
     for number in 0..workers {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        handles.push(runtime.handle().clone());
-        let shutdown = shutdown.clone();
+        let (handle, shutdown) = (runtime.handle().clone(), shutdown.clone());
         let thread = std::thread::Builder::new().name(format!("worker-{number}"));
-        threads.push(thread.spawn(move || runtime.block_on(shutdown.cancelled()))?);
+        let thread = thread.spawn(move || runtime.block_on(beat(&shutdown)))?;
+        runtimes.push((handle, thread.thread().id()));
+        threads.push(thread);
     }
-    Ok((handles, threads))
+    Ok((runtimes, threads))
+}
+
+/// Runs until the shutdown, with a timer that is always due within a second. A timer that is set to end before all others
+/// interrupts the wait for sockets by a system call, also on the same thread: with this one, hardly any does.
+async fn beat(shutdown: &CancellationToken) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    while shutdown.run_until_cancelled(tick.tick()).await.is_some() {}
 }
 
 /// Closes what has been idle or alive for too long, once a second.
@@ -433,7 +460,7 @@ fn listen(
 ) -> Result<Addresses, ServeError> {
     let mut addresses = Addresses { proxy: Vec::new(), unix: None, api: None, metrics: None };
     for mut address in tcp_addresses(&config.proxy.listen_addr, config.proxy.listen_port)? {
-        for (handle, _) in &shared.workers {
+        for Serving { handle, .. } in &shared.workers {
             let _inside = handle.enter();
             let listener = tcp_listener(address, config.proxy.tcp_keepidle).map_err(cannot_listen(address))?;
             address = listener.local_addr().map_err(cannot_listen(address))?;
@@ -441,7 +468,7 @@ fn listen(
         }
         addresses.proxy.push(address);
     }
-    if let (Some(dir), Some((handle, _))) = (&config.proxy.unix_socket_dir, shared.workers.first()) {
+    if let (Some(dir), Some(Serving { handle, .. })) = (&config.proxy.unix_socket_dir, shared.workers.first()) {
         let port = addresses.proxy.first().map_or(config.proxy.listen_port, SocketAddr::port);
         let path = dir.join(format!(".s.PGSQL.{port}"));
         let _inside = handle.enter();

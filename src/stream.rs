@@ -1,5 +1,6 @@
 //! A socket, plain or TLS, and the buffers that bytes in flight live in.
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -7,11 +8,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use bytes::BytesMut;
-use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::{BufMut as _, BytesMut};
+use thread_local::ThreadLocal;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_util::io::poll_read_buf;
 
 /// A connected socket.
 #[derive(Debug)]
@@ -39,7 +41,29 @@ pub enum Stream {
     Tls(Box<TlsStream<Carrier>>),
 }
 
-/// A stream on its way from one runtime to another.
+/// A stream on its way from one task to another.
+#[derive(Debug)]
+pub enum Moving {
+    /// In the same runtime.
+    Within(Stream),
+    /// To another one.
+    Between(Detached),
+}
+
+impl Moving {
+    /// Puts the stream into the runtime of the calling task, if it is not there.
+    ///
+    /// # Errors
+    /// Those of registering the socket.
+    pub fn arrive(self) -> io::Result<Stream> {
+        match self {
+            Self::Within(stream) => Ok(stream),
+            Self::Between(detached) => detached.attach(),
+        }
+    }
+}
+
+/// A stream that belongs to no runtime.
 #[derive(Debug)]
 pub struct Detached {
     socket: DetachedSocket,
@@ -155,6 +179,16 @@ impl Stream {
         }
     }
 
+    /// Whether a read may find something, as [`Stream::poll_readable`]; nobody is woken when the answer changes. One load.
+    #[inline]
+    pub fn may_read(&self) -> bool {
+        match self {
+            Self::Plain(Socket::Tcp(s)) => s.try_io(Interest::READABLE, || Ok(())).is_ok(),
+            Self::Plain(Socket::Unix(s)) => s.try_io(Interest::READABLE, || Ok(())).is_ok(),
+            Self::Plain(Socket::Other(_) | Socket::Detached) | Self::Tls(_) => true,
+        }
+    }
+
     /// Whether nothing has arrived that was not read yet, the end of the stream included. Costs no system call while
     /// the socket is known to be drained.
     pub fn is_quiet(&mut self) -> bool {
@@ -205,12 +239,13 @@ impl Stream {
     /// Those of the socket.
     pub async fn read_some(&mut self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
         // In place: an array here would live in the future of every caller.
-        let start = buf.len();
         poll_fn(|cx| {
-            buf.resize(start + limit.min(4096), 0);
-            let result = self.poll_fill(cx, &mut buf[start..]);
-            buf.truncate(start + if let Poll::Ready(Ok(n)) = result { n } else { 0 });
-            result
+            buf.reserve(limit.min(4096));
+            let mut room = (&mut *buf).limit(limit.min(4096));
+            match self {
+                Self::Plain(s) => poll_read_buf(Pin::new(s), cx, &mut room),
+                Self::Tls(s) => poll_read_buf(Pin::new(s.as_mut()), cx, &mut room),
+            }
         })
         .await
     }
@@ -321,56 +356,81 @@ impl Detached {
     }
 }
 
-/// Relay buffers of one worker. A connection holds one only while bytes are in flight.
+/// Relay buffers. A connection holds one only while bytes are in flight; free ones are kept by each thread for itself, so
+/// that to take one costs neither a lock nor a system call.
 #[derive(Debug)]
 pub struct Buffers {
-    free: Mutex<Vec<Box<[u8]>>>,
-    texts: Mutex<Vec<BytesMut>>,
+    free: ThreadLocal<RefCell<Vec<Box<[u8]>>>>,
+    large: ThreadLocal<RefCell<Vec<Box<[u8]>>>>,
+    texts: ThreadLocal<RefCell<Vec<BytesMut>>>,
     size: usize,
 }
 
 /// Free buffers kept for the next taker.
 const KEEP: usize = 64;
 
+/// The same of large ones, which only those have who move a lot.
+const KEEP_LARGE: usize = 8;
+
+/// A large buffer is so many times the size of others.
+const LARGE: usize = 4;
+
 impl Buffers {
     /// Buffers of `size` bytes.
     pub fn new(size: usize) -> Self {
-        Self { free: Mutex::new(Vec::with_capacity(KEEP)), texts: Mutex::default(), size }
+        Self { free: ThreadLocal::new(), large: ThreadLocal::new(), texts: ThreadLocal::new(), size }
     }
 
     /// Size of a buffer in bytes.
+    #[inline]
     pub fn size(&self) -> usize {
         self.size
     }
 
     /// A buffer; its content is whatever the last user left.
+    #[inline]
     pub fn take(&self) -> Box<[u8]> {
-        self.free.lock().pop().unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
+        let free = self.free.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| vec![0; self.size].into_boxed_slice())
+    }
+
+    /// A larger one, for who receives more at once than others hold: fewer system calls for the same bytes.
+    pub fn take_large(&self) -> Box<[u8]> {
+        let free = self.large.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| vec![0; self.size * LARGE].into_boxed_slice())
     }
 
     /// Takes a buffer back; one that has grown is freed.
+    #[inline]
     pub fn give(&self, buffer: Box<[u8]>) {
         if buffer.len() == self.size {
-            let mut free = self.free.lock();
-            if free.len() < KEEP {
-                free.push(buffer);
-            }
+            keep(&self.free, buffer, KEEP);
+        } else if buffer.len() == self.size * LARGE {
+            keep(&self.large, buffer, KEEP_LARGE);
         }
     }
 
     /// An empty buffer to write messages into.
+    #[inline]
     pub fn take_text(&self) -> BytesMut {
-        self.texts.lock().pop().unwrap_or_else(|| BytesMut::with_capacity(1024))
+        let free = self.texts.get_or_default().borrow_mut().pop();
+        free.unwrap_or_else(|| BytesMut::with_capacity(1024))
     }
 
     /// Takes it back; one that has grown large is freed.
+    #[inline]
     pub fn give_text(&self, mut text: BytesMut) {
         text.clear();
         if (1..=self.size).contains(&text.capacity()) {
-            let mut texts = self.texts.lock();
-            if texts.len() < KEEP {
-                texts.push(text);
-            }
+            keep(&self.texts, text, KEEP);
         }
+    }
+}
+
+#[inline]
+fn keep<T: Send>(shelf: &ThreadLocal<RefCell<Vec<T>>>, item: T, most: usize) {
+    let mut shelf = shelf.get_or_default().borrow_mut();
+    if shelf.len() < most {
+        shelf.push(item);
     }
 }

@@ -1,8 +1,8 @@
 //! A model test whose model is PostgreSQL itself: random sessions of several clients run on a server, and through
 //! `pool_mode = "auto"` over fewer server connections than clients. Every answer must be the same.
 //!
-//! `make test-model STATEMENTS=1000000 SEED=1 JOBS=2` runs it at length. A case that fails is shown with as few steps as
-//! still show it; `CASE=<its seed>` runs that case alone.
+//! `make test-model STATEMENTS=1000000 SEED=1 JOBS=2` runs it at length (`SECONDS=150`: for no longer than
+//! that). A case that fails is shown with as few steps as still show it; `CASE=<its seed>` runs that case alone.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "a long test says how far it is")]
@@ -23,6 +23,7 @@ mod world;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use pair::Pair;
 use script::Dice;
@@ -35,6 +36,8 @@ fn number(name: &str) -> Option<u64> {
 async fn run(statements: usize, seed: u64, jobs: usize) -> usize {
     let (pair, done, wrong) =
         (Arc::new(Pair::start().await), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    // Whole cases, until one of the two is reached.
+    let until = number("SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let most = number("FAILURES").map_or(3, |n| usize::try_from(n).unwrap());
     let job = async |job: usize| {
         let (pair, done, wrong) = (pair.clone(), done.clone(), wrong.clone());
@@ -43,7 +46,8 @@ async fn run(statements: usize, seed: u64, jobs: usize) -> usize {
             pair.prepare(&tenant).await;
             let mut seeds = Dice::new(seed.wrapping_add(u64::try_from(job).unwrap() << 32));
             let mut cases = 0_usize;
-            while done.load(Ordering::Relaxed) < statements && wrong.load(Ordering::Relaxed) < most {
+            let in_time = || until.is_none_or(|until| Instant::now() < until);
+            while in_time() && done.load(Ordering::Relaxed) < statements && wrong.load(Ordering::Relaxed) < most {
                 let case = number("CASE").unwrap_or_else(|| seeds.next());
                 match pair.case(&tenant, case).await {
                     Ok(statements) => drop(done.fetch_add(statements, Ordering::Relaxed)),
@@ -55,7 +59,7 @@ async fn run(statements: usize, seed: u64, jobs: usize) -> usize {
                     }
                 }
                 cases += 1;
-                if cases.is_multiple_of(100) {
+                if cases.is_multiple_of(20) {
                     println!("job {job}: {cases} cases, {} statements so far", done.load(Ordering::Relaxed));
                 }
                 if number("CASE").is_some() {

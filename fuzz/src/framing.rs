@@ -193,7 +193,7 @@ impl<'a> Side<'a> {
                 self.flow.approve(total);
                 self.forwarded = Some(span);
             }
-            Verdict::Swallow => self.flow.swallow(total),
+            Verdict::Swallow | Verdict::Later => self.flow.swallow(total),
             Verdict::Replace => {
                 self.expected.extend_from_slice(scratch);
                 self.flow.out(buffers).extend_from_slice(scratch);

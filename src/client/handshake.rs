@@ -49,9 +49,15 @@ pub enum Step {
     Session(StartupMessage),
     /// The client wants a query of another connection cancelled, and no answer.
     Cancel(CancelRequest),
+    /// The client has changed its mind: close without a word.
+    Leave,
     /// Tell the client and close.
     Refuse(PgError),
 }
+
+/// The beginning of a Terminate message, and of no startup packet. PostgreSQL answers neither this nor any other length
+/// that is none.
+const TERMINATE: &[u8] = b"X\0\0\0";
 
 /// How far TLS has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +110,9 @@ impl Handshake {
             }
             self.tls = Tls::Starting { direct: true };
             return Ok(Step::StartTls { reply: None });
+        }
+        if input.starts_with(TERMINATE) {
+            return Ok(Step::Leave);
         }
         let Some(len) = startup::packet_len(input)? else { return Ok(Step::NeedMore) };
         if len > self.budget() {
@@ -211,6 +220,7 @@ mod tests {
                     }
                     Step::Session(message) => story += message.user(),
                     Step::Cancel(cancel) => story += &format!("cancel {}", cancel.process_id),
+                    Step::Leave => return story + "left",
                     Step::Refuse(error) => return story + &error.code,
                 }
             }
@@ -227,6 +237,10 @@ mod tests {
             (Unavailable, &[GSS, SSL, GSS, SSL, SSL, SESSION], "NNNNNa"),
             (Unavailable, &[SSL, CANCEL], "Ncancel 5"),
             (Unavailable, &[b"\x16"], "08P01"),
+            (Unavailable, &[b"X\0\0\0\x04"], "left"),
+            (Unavailable, &[SSL, b"X\0\0\0\x04"], "Nleft"),
+            (Required, &[SSL, b"X\0\0\0\x04"], "S left"),
+            (Available, &[b"Y\0\0\0\x04"], "08P01"),
             (Available, &[SESSION], "a"),
             (Available, &[SSL, SESSION], "S a"),
             (Available, &[GSS, SSL, SESSION], "NS a"),

@@ -100,6 +100,7 @@ pub async fn open(mut stream: Stream, tls: Option<Arc<Accepting>>) -> Opened {
                 return Opened::Session(Box::new(Opening { stream, input, startup, sni, end_point }));
             }
             Step::Cancel(cancel) => return Opened::Cancel(stream, cancel),
+            Step::Leave => return Opened::Nothing,
             Step::Refuse(error) => Some(error),
         };
         if let Some(error) = refused {

@@ -1,10 +1,9 @@
 //! What others have to tell a connection's task: end, drain, cancel the wait; and notifications for its client.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
 
-use atomic_waker::AtomicWaker;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 
@@ -23,11 +22,41 @@ const MAX_MAIL: usize = 1 << 20;
 #[derive(Debug, Default)]
 pub struct Signals {
     flags: AtomicU8,
-    waker: AtomicWaker,
+    task: Task,
     /// Boxed: every client has a letter box, hardly any a letter.
     reason: Mutex<Option<Box<PgError>>>,
     /// Notifications; most clients never get any.
     mail: Mutex<Option<Box<Mail>>>,
+}
+
+/// Whom to wake. It stays registered, since it is asked for at every turn and hardly ever woken: being registered already
+/// costs one load.
+#[derive(Debug, Default)]
+struct Task {
+    waker: Mutex<Option<Waker>>,
+    /// Whose waker that is, by the address of its data, which is its own for as long as the waker is kept.
+    known: AtomicUsize,
+}
+
+impl Task {
+    #[inline]
+    fn register(&self, waker: &Waker) {
+        if self.known.load(Ordering::Relaxed) != waker.data().addr() {
+            self.replace(waker);
+        }
+    }
+
+    fn replace(&self, waker: &Waker) {
+        let mut slot = self.waker.lock();
+        self.known.store(waker.data().addr(), Ordering::Relaxed);
+        *slot = Some(waker.clone());
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.lock().as_ref() {
+            waker.wake_by_ref();
+        }
+    }
 }
 
 /// Notifications on their way to the client, in order.
@@ -91,7 +120,7 @@ impl Signals {
             mail.letters.push_back(Letter { pid, text });
             self.flags.fetch_or(MAIL, Ordering::AcqRel);
         }
-        self.waker.wake();
+        self.task.wake();
         number
     }
 
@@ -107,7 +136,7 @@ impl Signals {
             letter.text = Bytes::new();
         }
         self.flags.fetch_or(MAIL, Ordering::AcqRel);
-        self.waker.wake();
+        self.task.wake();
     }
 
     /// Whether notifications may be waiting. One load.
@@ -144,7 +173,7 @@ impl Signals {
             self.reason.lock().get_or_insert_with(|| Box::new(reason));
         }
         self.flags.fetch_or(flag, Ordering::AcqRel);
-        self.waker.wake();
+        self.task.wake();
     }
 
     /// Whether there is anything to be looked at. One load; the task is not woken.
@@ -156,7 +185,7 @@ impl Signals {
     /// Looks for a signal; the task is woken when one comes. A cancelled wait is reported once, the others stay.
     #[inline]
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<Signal> {
-        self.waker.register(cx.waker());
+        self.task.register(cx.waker());
         let flags = self.flags.load(Ordering::Acquire) & !MAIL;
         if flags == 0 { Poll::Pending } else { self.read(flags) }
     }
@@ -215,7 +244,7 @@ mod tests {
         for _ in 0..=MAX_MAIL / 8000 {
             signals.deliver(Some(1), Bytes::from(vec![b'x'; 8001]));
         }
-        let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(std::task::Waker::noop())) else {
+        let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(Waker::noop())) else {
             panic!("it goes on");
         };
         assert_eq!(reason.code, sqlstate::PROGRAM_LIMIT_EXCEEDED);

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use super::connect::Dialer;
 use crate::client::signals::Signals;
+use crate::tenant::TenantId;
 
 /// Cancels under way for one server connection.
 #[derive(Debug, Default)]
@@ -63,6 +64,7 @@ pub struct Entry {
     /// In place: an allocation of four bytes costs eight times that.
     secret: [u8; MAX_SECRET],
     len: u8,
+    tenant: TenantId,
     target: Mutex<Option<Arc<Target>>>,
     /// Told when the client waits for a server connection: there is nothing to cancel but the wait.
     client: Arc<Signals>,
@@ -86,11 +88,34 @@ impl Entry {
         *self.target.lock() = None;
     }
 
-    fn begin(&self) -> Option<Arc<Target>> {
+    /// The server connection that the client has now, if it has one; nobody else gets it before this is dropped.
+    pub fn hold(&self) -> Option<Held> {
         let guard = self.target.lock();
         let target = guard.clone()?;
         target.under_way.count.fetch_add(1, Ordering::AcqRel);
-        Some(target)
+        Some(Held(target))
+    }
+
+    /// How to reach the client's task.
+    pub fn signals(&self) -> &Arc<Signals> {
+        &self.client
+    }
+}
+
+/// A server connection that is held back.
+pub struct Held(Arc<Target>);
+
+impl Held {
+    /// The server process.
+    pub fn pid(&self) -> u32 {
+        self.0.pid
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.under_way.count.fetch_sub(1, Ordering::AcqRel);
+        self.0.under_way.settled.notify_waiters();
     }
 }
 
@@ -112,10 +137,17 @@ pub struct Key {
 impl CancelKeys {
     /// Makes a key with a secret of `len` bytes, at most [`MAX_SECRET`]. `client` is told of a cancel that comes while
     /// no server connection is bound. The process id is the one that is `wanted`, unless another client has it.
-    pub fn issue(self: &Arc<Self>, len: usize, mut wanted: Option<u32>, client: Arc<Signals>) -> Key {
+    pub fn issue(
+        self: &Arc<Self>,
+        len: usize,
+        mut wanted: Option<u32>,
+        tenant: &TenantId,
+        client: Arc<Signals>,
+    ) -> Key {
         let (mut secret, len) = ([0; MAX_SECRET], len.min(MAX_SECRET));
         rand::fill(&mut secret[..len]);
-        let entry = Arc::new(Entry { secret, len: len as u8, target: Mutex::new(None), client });
+        let entry =
+            Arc::new(Entry { secret, len: len as u8, tenant: tenant.clone(), target: Mutex::new(None), client });
         loop {
             // Positive as int4, so that drivers which read it as such are not surprised.
             let pid = wanted.take().unwrap_or_else(|| rand::random::<u32>() >> 1);
@@ -132,14 +164,21 @@ impl CancelKeys {
         if !bool::from(entry.secret().ct_eq(secret)) {
             return;
         }
-        match entry.begin() {
-            Some(target) => {
-                let under_way = Counted(target.under_way.clone());
-                send(target).await;
-                drop(under_way);
+        match entry.hold() {
+            Some(held) => {
+                send(held.0.clone()).await;
+                drop(held);
             }
             None => entry.client.cancel_wait(),
         }
+    }
+}
+
+impl Key {
+    /// The client of the same tenant that was told this process id.
+    pub fn of_same_tenant(&self, pid: u32) -> Option<Arc<Entry>> {
+        let entry = self.keys.entries.get(&pid)?;
+        (entry.tenant == self.entry.tenant).then(|| entry.clone())
     }
 }
 
@@ -147,15 +186,6 @@ impl Drop for Key {
     fn drop(&mut self) {
         self.entry.unbind();
         self.keys.entries.remove(&self.pid);
-    }
-}
-
-struct Counted(Arc<UnderWay>);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.count.fetch_sub(1, Ordering::AcqRel);
-        self.0.settled.notify_waiters();
     }
 }
 

@@ -60,6 +60,8 @@ pub struct ServerConnection {
     pub(super) slot: Slot,
     target: Arc<Target>,
     role: Role,
+    /// The session runs as somebody else than `role`.
+    disguised: bool,
 }
 
 /// Who a server connection must be.
@@ -289,6 +291,7 @@ impl Connector {
             slot,
             target: Arc::new(target),
             role,
+            disguised: false,
         })
     }
 }
@@ -490,7 +493,8 @@ fn parameter(body: &[u8]) -> Result<(&str, &str), ServerError> {
     Ok((name, std::str::from_utf8(value).unwrap_or("?")))
 }
 
-/// The free check of every server connection: it is the tenant's role, and no superuser where there are others.
+/// The free check: it is the tenant's role, and no superuser where there are others. After the login it is made of those
+/// who share a server.
 fn check_identity(role: &Role, name: &str, value: &str) -> Result<(), ServerError> {
     let wrong = |name| Err(ServerError::Identity { name, value: value.to_owned() });
     match name {
@@ -523,9 +527,20 @@ impl ServerConnection {
     /// [`ServerError::Identity`]: the connection must be closed at once.
     pub fn note_parameter(&mut self, body: &[u8]) -> Result<(), ServerError> {
         let (name, value) = parameter(body)?;
-        check_identity(&self.role, name, value)?;
+        if !self.role.may_be_superuser {
+            check_identity(&self.role, name, value)?;
+        } else if name == "session_authorization" {
+            // On a server of its own a tenant may have other roles, and be them for a while.
+            self.disguised = value != &*self.role.name;
+        }
         self.params = self.slot.pool().intern(self.params.with(name, value));
         Ok(())
+    }
+
+    /// Whether the session has the identity that it logged in with.
+    #[inline]
+    pub fn is_itself(&self) -> bool {
+        !self.disguised
     }
 
     /// Whether the server has said nothing since it became idle. One that has is shutting down, or in doubt.

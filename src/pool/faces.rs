@@ -36,6 +36,8 @@ pub struct Face {
     tenant: TenantId,
     /// The process id that the client which used it last was told.
     client: AtomicU32,
+    /// The process id that the client was told which asked the server for this one last; 0 is nobody.
+    known_to: AtomicU32,
     since: Instant,
     gone: Mutex<Option<Instant>>,
 }
@@ -45,6 +47,11 @@ impl Face {
     #[inline]
     pub fn lend(&self, pid: u32) {
         self.client.store(pid, Ordering::Relaxed);
+    }
+
+    /// The client that was told this process id asks the server for the process's own.
+    pub fn show_to(&self, pid: u32) {
+        self.known_to.store(pid, Ordering::Relaxed);
     }
 
     /// The process id that the client which used it last was told.
@@ -140,10 +147,23 @@ impl Faces {
     /// A process of ours, which serves this tenant.
     pub(super) fn show(&self, pid: u32, tenant: &TenantId) -> Shown {
         let gone = Mutex::new(None);
-        let face = Arc::new(Face { tenant: tenant.clone(), client: pid.into(), since: Instant::now(), gone });
+        let face = Arc::new(Face {
+            tenant: tenant.clone(),
+            client: pid.into(),
+            known_to: 0.into(),
+            since: Instant::now(),
+            gone,
+        });
         self.ours.insert(pid, face.clone());
         self.others.remove(&pid);
         Shown(face)
+    }
+
+    /// What the clients were told that have asked for a process of this tenant's, and that have used it last.
+    pub fn known_to(&self, tenant: &TenantId, pid: u32) -> Option<(u32, u32)> {
+        let face = self.ours.get(&pid)?;
+        let known_to = face.known_to.load(Ordering::Relaxed);
+        (face.tenant == *tenant && known_to != 0).then(|| (known_to, face.client()))
     }
 
     /// Forgets what may not be trusted any longer.
@@ -247,7 +267,10 @@ mod tests {
         let known = |age: u64, gone: Option<u64>| {
             let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
             let (since, gone) = (ago(age), Mutex::new(gone.map(ago)));
-            faces.ours.insert(7, Arc::new(Face { tenant: a.id.clone(), client: 1007.into(), since, gone }));
+            faces.ours.insert(
+                7,
+                Arc::new(Face { tenant: a.id.clone(), client: 1007.into(), known_to: 0.into(), since, gone }),
+            );
         };
         known(61, None);
         assert_eq!(faces.judge(&a, 7, Duration::from_secs(60)), Heard::Pass(1007));

@@ -25,9 +25,10 @@ pub enum CheckIn {
     Reset,
 }
 
-/// What a reset consists of. Two messages: `DISCARD ALL` must be alone, and `RESET ALL` before it disarms a
-/// `statement_timeout` or `default_transaction_…` with which a client could make it fail or hang.
-const RESET: [&str; 2] = ["RESET ALL", "DISCARD ALL"];
+/// What a reset consists of. Messages of their own: `DISCARD ALL` must be alone, `RESET ALL` before it disarms a
+/// `statement_timeout` or `default_transaction_…` with which a client could make it fail or hang, and `RESET ROLE` after it
+/// brings back a role that the login was given by `ALTER ROLE … SET role`.
+const RESET: [&str; 3] = ["RESET ALL", "DISCARD ALL", "RESET ROLE"];
 
 impl Lease {
     pub(super) fn new(conn: Box<ServerConnection>) -> Self {
@@ -44,6 +45,7 @@ impl Lease {
     pub fn release(self, check_in: CheckIn, reset_timeout: Duration, now: Instant) {
         let Self { conn } = self;
         let pool = conn.slot.pool().clone();
+        let check_in = if conn.is_itself() { check_in } else { CheckIn::Reset };
         if check_in == CheckIn::Clean && !conn.cancels.under_way() {
             pool.checkin(conn, now);
         } else {
@@ -79,13 +81,14 @@ async fn make_clean(
     let done = tokio::time::timeout(reset_timeout, work).await;
     conn.heard = Vec::new();
     match done {
-        Ok(Ok(())) => {
+        Ok(Ok(())) if conn.is_itself() => {
             if check_in == CheckIn::Reset {
                 conn.prepared.clear();
                 conn.applied = conn.slot.pool().intern_carried(Arc::default());
             }
             Some(conn)
         }
+        Ok(Ok(())) => None,
         Ok(Err(error)) => {
             tracing::debug!(tenant = %conn.slot.pool().tenant().id, %error, "server connection closed: reset failed");
             None

@@ -17,13 +17,14 @@ pub mod passwords;
 mod queue;
 pub mod recent;
 pub mod residue;
+pub mod scope;
 pub mod scram;
 pub mod shard;
 pub mod statements;
 pub mod tls;
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -85,6 +86,8 @@ pub struct Pool {
     /// Prepared statements of the tenant's clients, shared.
     pub statements: Registry,
     state: Mutex<State>,
+    /// As [`State::retired`], for those who only want to know that.
+    retired: AtomicBool,
     /// Who listens for the tenant's clients, by database and encoding.
     listeners: Listeners,
 }
@@ -190,6 +193,7 @@ impl Pools {
             worker: Handle::current(),
             statements: Registry::new(self.statement_ids.clone()),
             state: Mutex::default(),
+            retired: AtomicBool::new(false),
             listeners: Listeners::default(),
         });
         let mut entry = self.pools.entry(tenant.id.clone()).or_insert_with(|| pool.clone());
@@ -288,8 +292,9 @@ impl Pool {
     }
 
     /// Whether the pool has ended, and the tenant must be looked up again.
+    #[inline]
     pub fn is_retired(&self) -> bool {
-        self.state.lock().retired
+        self.retired.load(Ordering::Acquire)
     }
 
     /// Whose the server processes of its shard are.
@@ -578,6 +583,7 @@ impl Pool {
         let (idle, wake) = {
             let mut state = self.state.lock();
             state.retired = true;
+            self.retired.store(true, Ordering::Release);
             let (now, mut wake) = (Instant::now(), Vec::new());
             while !state.waiters.is_empty() {
                 wake.extend(state.waiters.answer(0, Err(CheckoutError::Retired), now));
@@ -596,6 +602,7 @@ impl Pool {
         let mut state = self.state.lock();
         let empty = state.open == 0 && state.waiters.is_empty();
         state.retired |= empty;
+        self.retired.store(state.retired, Ordering::Release);
         empty
     }
 

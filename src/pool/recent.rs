@@ -39,6 +39,12 @@ impl Recent {
         self.ends.push((self.bytes.len(), self.group));
     }
 
+    /// Forgets the last message: it is said again.
+    pub fn forget_last(&mut self) {
+        self.ends.pop();
+        self.bytes.truncate(self.ends.last().map_or(0, |end| end.0));
+    }
+
     /// What comes now is answered by itself: a Sync, or a Query, has ended what was said before.
     #[inline]
     pub fn end_group(&mut self) {

@@ -28,6 +28,14 @@ pub struct Residue {
     pub databases: bool,
     /// Prepared statements may be listed, which leaves nothing.
     pub lists: bool,
+    /// Process ids of the server's may be among what it is about, which leaves nothing.
+    pub processes: bool,
+    /// The server is asked for the session's own process id, which leaves nothing.
+    pub own_process: bool,
+    /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
+    pub rescopes: bool,
+    /// That id is written down where others may find it.
+    pub stores_process: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
     pub advances: bool,
 }
@@ -51,7 +59,7 @@ impl Residue {
     /// Whether nothing may be left that anybody has to look after.
     #[inline]
     pub fn is_none(&self) -> bool {
-        !(self.unknown | self.resets | self.frees | self.seeds | self.asks)
+        !(self.unknown | self.resets | self.frees | self.seeds | self.asks | self.stores_process)
             && self.settings.is_empty()
             && self.parameters.is_empty()
     }
@@ -78,7 +86,11 @@ impl Residue {
         self.asks |= other.asks;
         self.advances |= other.advances;
         self.lists |= other.lists;
+        self.rescopes |= other.rescopes;
         self.databases |= other.databases;
+        self.processes |= other.processes;
+        self.own_process |= other.own_process;
+        self.stores_process |= other.stores_process;
         for parameter in &other.parameters {
             if !self.parameters.contains(parameter) {
                 self.parameters.push(*parameter);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::residue::Residue;
+use super::scope;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
@@ -24,16 +25,38 @@ pub struct Statement {
     pub name: Box<[u8]>,
     /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
     pub body: Box<[u8]>,
-    /// The body, behind it the `search_path` that it was prepared under, if that is not the tenant's.
+    /// The body, behind it the scope that it was prepared in (see [`Registry::intern`]).
     key: Box<[u8]>,
     /// What running it may leave behind in the session.
     pub residue: Residue,
     /// Whether it may have to do with names of prepared statements (`EXECUTE`).
     pub names: bool,
-    /// Whether a server has accepted it.
+    /// Whether a server is known to have accepted it in its scope.
     pub accepted: AtomicBool,
     /// Whether what it returns has changed since: who prepares the same text again gets a new one.
     pub outdated: AtomicBool,
+}
+
+impl Statement {
+    /// What it was prepared in; see [`Registry::intern`].
+    pub fn scope(&self) -> &str {
+        scope::home(self.place())
+    }
+
+    /// The same, and behind it where it is used, if literals are read otherwise there.
+    fn place(&self) -> &str {
+        std::str::from_utf8(&self.key[self.body.len()..]).unwrap_or_default()
+    }
+
+    /// Its text.
+    pub fn text(&self) -> &[u8] {
+        self.body.split(|&b| b == 0).next().unwrap_or_default()
+    }
+
+    /// Whether what it means depends on the scope.
+    pub fn has_scope(&self) -> bool {
+        has_scope(&self.body)
+    }
 }
 
 #[derive(Debug)]
@@ -67,12 +90,47 @@ pub struct Registry {
 }
 
 fn key<'a>(scope: &str, body: &'a [u8]) -> Cow<'a, [u8]> {
-    if scope.is_empty() { Cow::Borrowed(body) } else { Cow::Owned([body, scope.as_bytes()].concat()) }
+    let shared = scope.is_empty() || !has_scope(body);
+    if shared { Cow::Borrowed(body) } else { Cow::Owned([body, scope.as_bytes()].concat()) }
+}
+
+/// First words of statements in which neither a name nor a value is looked at when they are prepared.
+const WITHOUT_NAMES: &[&str] = &[
+    "abort",
+    "begin",
+    "close",
+    "commit",
+    "deallocate",
+    "discard",
+    "end",
+    "execute",
+    "fetch",
+    "listen",
+    "lock",
+    "move",
+    "notify",
+    "prepare",
+    "release",
+    "reset",
+    "rollback",
+    "savepoint",
+    "set",
+    "show",
+    "start",
+    "unlisten",
+];
+
+fn has_scope(body: &[u8]) -> bool {
+    let text = body.split(|&b| b == 0).next().unwrap_or_default().trim_ascii_start();
+    let end = text.iter().position(|b| !b.is_ascii_alphabetic()).unwrap_or(text.len());
+    // A backslash means something or nothing, a byte is a letter or half of one.
+    let plain = text.is_ascii() && !text.contains(&b'\\');
+    !plain || !WITHOUT_NAMES.iter().any(|word| text[..end].eq_ignore_ascii_case(word.as_bytes()))
 }
 
 fn names_others(body: &[u8]) -> bool {
     let contains = |word: &[u8]| body.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word));
-    contains(b"execute") || contains(b"deallocate") || contains(b"prepare")
+    ["execute", "deallocate", "prepare", "discard"].iter().any(|word| contains(word.as_bytes()))
 }
 
 /// Known statements above which those that no client holds are forgotten.
@@ -85,11 +143,26 @@ impl Registry {
         Self { next, known: Mutex::default() }
     }
 
-    /// The statement with this body under this `search_path`, if a server has accepted it before.
+    /// The statement with this body in this scope, if a server has accepted it before.
     pub fn accepted(&self, scope: &str, body: &[u8]) -> Option<Arc<Statement>> {
         let known = self.known.lock();
         let usable = |s: &Arc<Statement>| s.accepted.load(Ordering::Relaxed) && !s.outdated.load(Ordering::Relaxed);
         known.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
+    }
+
+    /// The statement in the place of this one for a client whose scope is now another. A server may read the text again when it
+    /// is used, by the settings of that moment; who uses it with others must not find what has come of that.
+    pub fn used_in(&self, statement: &Statement, scope: &str) -> Option<Arc<Statement>> {
+        let home = statement.scope();
+        let place = scope::used_in(home, scope);
+        if !statement.has_scope() || *place == *statement.place() {
+            return None;
+        }
+        let found = self.intern(&place, &statement.body, || statement.residue.clone());
+        if *place != *home {
+            found.accepted.fetch_or(statement.accepted.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        Some(found)
     }
 
     /// Nothing that was prepared so far is what a client gets that prepares the same text from now on: a table that it
@@ -98,7 +171,8 @@ impl Registry {
         self.known.lock().clear();
     }
 
-    /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new.
+    /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new. The scope says
+    /// what else its meaning depends on: see [`scope`].
     pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let key = key(scope, body);
         let mut known = self.known.lock();
@@ -180,6 +254,11 @@ impl Prepared {
         self.squatted.insert(id);
     }
 
+    /// Whether the name of this statement means something else.
+    pub fn is_squatted(&self, id: u64) -> bool {
+        self.squatted.contains(&id)
+    }
+
     /// Whether the name of this statement means something else; it is taken as put right by that.
     pub fn put_right(&mut self, id: u64) -> bool {
         !self.squatted.is_empty() && self.squatted.remove(&id)
@@ -235,6 +314,37 @@ mod tests {
         assert_ne!(a.id, b.id);
         assert!(Arc::ptr_eq(&a, &again));
         assert_ne!(a.name, b.name);
+    }
+
+    #[test]
+    fn the_same_text_is_another_statement_elsewhere_if_it_has_names() {
+        let registry = Registry::default();
+        let select = registry.intern("", b"SELECT * FROM t\0\0\0", Residue::none);
+        let elsewhere = registry.intern("search_path\0x\0", b"SELECT * FROM t\0\0\0", Residue::none);
+        assert_ne!(select.id, elsewhere.id);
+        assert_eq!(
+            (select.scope(), elsewhere.scope(), elsewhere.text()),
+            ("", "search_path\0x\0", &b"SELECT * FROM t"[..])
+        );
+        let commit = registry.intern("", b" commit\0\0\0", Residue::none);
+        assert!(Arc::ptr_eq(&commit, &registry.intern("search_path\0x\0", b" commit\0\0\0", Residue::none)));
+        assert!(select.has_scope() && !commit.has_scope());
+        assert!(registry.intern("", b"SET a = '\\'\0\0\0", Residue::none).has_scope());
+    }
+
+    #[test]
+    fn who_uses_a_statement_with_other_settings_has_one_of_its_own() {
+        let registry = Registry::default();
+        let home = registry.intern("search_path\0\0", b"SELECT '1/2/2026'::date\0\0\0", Residue::none);
+        home.accepted.store(true, Ordering::Relaxed);
+        // Servers themselves look for another search_path.
+        assert!(registry.used_in(&home, "").is_none());
+        let there = registry.used_in(&home, "DateStyle\0German\0").unwrap();
+        assert_ne!(there.id, home.id);
+        assert!(there.scope() == home.scope() && there.accepted.load(Ordering::Relaxed));
+        assert!(registry.used_in(&there, "DateStyle\0German\0search_path\0x\0").is_none());
+        let back = registry.used_in(&there, "search_path\0x\0").unwrap();
+        assert!(Arc::ptr_eq(&back, &home));
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -10,10 +9,11 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
+use crate::pool::scope;
 
 use super::watch::{Guard, Refused, attempt};
 use super::*;
-use crate::metrics::PIN_REASONS;
+use crate::metrics::{self, PIN_REASONS};
 
 /// See [`Relay::adopt_params`].
 #[inline]
@@ -39,10 +39,12 @@ impl Relay {
         {
             return why;
         }
+        self.rescope();
         lease.conn().face().lend(self.client.key.pid);
         self.client.key.entry.bind(lease.conn().cancel_target());
-        self.worker.stats.clients_active.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, 1);
         (self.waits, self.server_deaf, self.farewell, self.held) = (Waits::Nobody, false, false, false);
+        self.down.disarm();
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
             outcome = match Box::pin(self.settle(&mut lease)).await {
@@ -50,11 +52,13 @@ impl Relay {
                 Ok(()) if self.pinned.is_none() => break,
                 Ok(()) => {
                     self.client.key.entry.bind(lease.conn().cancel_target());
+                    // What was settled has been read past it.
+                    self.down.disarm();
                     poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await
                 }
             };
         }
-        self.worker.stats.clients_active.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.worker.stats.clients_active, -1);
         self.client.key.entry.unbind();
         match outcome {
             Outcome::Done => {
@@ -98,6 +102,7 @@ impl Relay {
         if !std::mem::take(&mut self.has_params) {
             self.adopt_params(&mut lease);
         }
+        self.rescope();
         let check_in = if clean { CheckIn::Clean } else { CheckIn::Reset };
         lease.release(check_in, self.client.rules.server_reset_timeout, self.ready_at);
     }
@@ -161,12 +166,13 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
-        self.session.set_scope(self.carried.get("search_path").map(|path| &**path));
         self.seeded |= residue.seeds;
+        self.known_by_process |= residue.stores_process;
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
-        // These two are not asked of the server: they come and go with what the client says.
-        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED].contains(reason));
+        // These are not asked of the server: they come and go with what the client says.
+        pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED, settle::PROCESS].contains(reason));
         pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
+        pinned = pinned.or(self.known_by_process.then_some(settle::PROCESS));
         if self.ears.is_some() || listens.is_some() {
             // The listener has patience of its own.
             let work = self.settle_ears(conn, listens, pinned, held);
@@ -184,7 +190,20 @@ impl Relay {
         if pinned.is_some() && !Arc::ptr_eq(&lease.conn().params, &self.client.params) {
             self.carry_settings(lease).await.map_err(|_| lost("Its settings could not be restored.".to_owned()))?;
         }
+        self.rescope();
         self.give_answer(lease.conn(), held)
+    }
+
+    /// Tells the session in what scope the client's statements are from now on, if its settings have changed.
+    #[inline]
+    fn rescope(&mut self) {
+        let (params, carried) = &self.scoped;
+        if Arc::ptr_eq(params, &self.client.params) && Arc::ptr_eq(carried, &self.carried) {
+            return;
+        }
+        let scope = scope::of(&self.base, &self.client.params, &self.carried);
+        self.session.set_scope(scope, &self.pool.statements);
+        self.scoped = (self.client.params.clone(), self.carried.clone());
     }
 
     /// Sends what was held back, and the notifications that came in the meantime.
@@ -216,10 +235,10 @@ impl Relay {
     pub(super) fn pin(&mut self, reason: Option<settle::Reason>) {
         let pinned = &self.worker.stats.clients_pinned;
         if let Some(old) = self.pinned {
-            pinned[old].fetch_sub(1, Ordering::Relaxed);
+            metrics::shift(&pinned[old], -1);
         }
         if let Some(new) = reason {
-            pinned[new].fetch_add(1, Ordering::Relaxed);
+            metrics::shift(&pinned[new], 1);
         }
         self.pinned = reason;
     }
@@ -241,6 +260,10 @@ impl Relay {
             let up = self.poll_up(cx, lease);
             if let Poll::Ready(Some(outcome)) = up {
                 return Poll::Ready(outcome);
+            }
+            if self.held_up && self.memory.named.is_missing() {
+                std::task::ready!(self.poll_stand_in(cx));
+                continue;
             }
             let down = self.poll_down(cx, lease);
             if let Poll::Ready(Some(outcome)) = down {
@@ -272,6 +295,7 @@ impl Relay {
             PoolMode::Session => self.leaving,
         };
         (wanted || self.held)
+            && !self.held_up
             && self.session.is_idle()
             && !self.up.has_output()
             && !self.up.mid_frame()
@@ -298,7 +322,7 @@ impl Relay {
                     }
                     _ => break,
                 }
-                self.worker.stats.server_out.fetch_add(self.up.take_sent(), Ordering::Relaxed);
+                metrics::count(&self.worker.stats.server_out, self.up.take_sent());
                 continue;
             }
             if self.leaving || self.held_up || self.is_over() && moved || (self.holds_ready() && self.must_wait()) {
@@ -365,9 +389,18 @@ impl Relay {
             if self.session.needs_database_alone() {
                 self.pool.make_way();
             }
+            if self.session.asks_for_process() {
+                lease.conn().face().show_to(self.client.key.pid);
+            }
             match verdict.map_err(Outcome::Told)? {
                 Verdict::Forward => self.up.approve(header.total),
                 Verdict::Swallow => self.up.swallow(header.total),
+                Verdict::Later => {
+                    lease.conn().recent.forget_last();
+                    scratch.clear();
+                    self.held_up = true;
+                    return Ok(());
+                }
                 Verdict::Replace => {
                     self.up.out(&self.worker.buffers).extend_from_slice(scratch);
                     scratch.clear();
@@ -414,7 +447,7 @@ impl Relay {
             match self.down.poll_fill(cx, &mut lease.conn().stream, &self.worker.buffers) {
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Some(Outcome::ServerGone)),
                 Poll::Ready(Ok(n)) => {
-                    self.worker.stats.server_in.fetch_add(n as u64, Ordering::Relaxed);
+                    metrics::count(&self.worker.stats.server_in, n as u64);
                     moved = true;
                     if let Err(outcome) = self.scan_server(lease) {
                         return Poll::Ready(Some(outcome));
@@ -439,6 +472,7 @@ impl Relay {
         let mut scratch = BytesMut::new();
         loop {
             self.give_our_answers();
+            self.down.approve_rows();
             let unseen = self.down.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| out_of_step(&"invalid message length"))? else {
                 return Ok(());
@@ -495,7 +529,7 @@ impl Relay {
                     self.down.swallow(header.total);
                 }
                 Verdict::Forward => self.down.approve(header.total),
-                Verdict::Swallow => self.down.swallow(header.total),
+                Verdict::Swallow | Verdict::Later => self.down.swallow(header.total),
                 Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
@@ -530,13 +564,16 @@ impl Relay {
     fn account(&mut self) {
         let now = Instant::now();
         self.memory.answered();
+        if self.memory.named.is_any() && !self.session.owes_ready() {
+            self.memory.named.let_go(self.client.rules.settle_timeout());
+        }
         let stats = &self.worker.stats;
         if self.session.take_altered() {
             self.pool.statements.forget();
         }
         let queries = self.session.take_queries();
         if queries > 0 {
-            stats.queries.fetch_add(u64::from(queries), Ordering::Relaxed);
+            metrics::count(&stats.queries, u64::from(queries));
             self.client.stats.count_queries(queries, self.worker.metrics.second(now.into_std()));
         }
         if let Some(since) = self.query_since.take() {
@@ -545,8 +582,8 @@ impl Relay {
         if self.session.status() == b'I'
             && let Some(since) = self.transaction_since.take()
         {
-            stats.transactions.fetch_add(1, Ordering::Relaxed);
-            self.client.stats.transactions.fetch_add(1, Ordering::Relaxed);
+            metrics::count(&stats.transactions, 1);
+            metrics::count(&self.client.stats.transactions, 1);
             stats.transaction_time.observe(now.duration_since(since));
         }
         self.ready_at = now;
@@ -556,15 +593,15 @@ impl Relay {
     pub(super) fn poll_send_down(&mut self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         let result = self.down.poll_send(cx, &mut self.client.stream, &self.worker.buffers);
         let sent = self.down.take_sent();
-        self.worker.stats.client_out.fetch_add(sent, Ordering::Relaxed);
-        self.client.stats.client_out.fetch_add(sent, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_out, sent);
+        metrics::count(&self.client.stats.client_out, sent);
         result
     }
 
     #[inline]
     pub(super) fn count_client_in(&self, n: usize) {
-        self.worker.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
-        self.client.stats.client_in.fetch_add(n as u64, Ordering::Relaxed);
+        metrics::count(&self.worker.stats.client_in, n as u64);
+        metrics::count(&self.client.stats.client_in, n as u64);
     }
 
     pub(super) fn arm(&mut self, timeout: Duration) {

@@ -451,7 +451,7 @@ impl Bench {
             settings: self.settings.clone(),
             application_name: self.name.clone(),
             params,
-            key: self.cancels.issue(4, None, signals.clone()),
+            key: self.cancels.issue(4, None, &lane.tenant.id, signals.clone()),
             lease: None,
             replicates: false,
             signals,

@@ -12,8 +12,10 @@ use std::io;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
+use tokio::task::coop::has_budget_remaining;
 
 use crate::stream::{Buffers, Stream};
+use crate::wire::frame;
 
 /// One direction.
 #[derive(Debug, Default)]
@@ -28,6 +30,10 @@ pub struct Flow {
     discard: usize,
     out: BytesMut,
     sent: u64,
+    /// The task will be woken when the stream has something to read.
+    armed: bool,
+    /// The last read has filled the buffer: there is more where that came from.
+    bulk: bool,
 }
 
 impl Flow {
@@ -94,6 +100,16 @@ impl Flow {
         let here = total.min(self.end - self.approved);
         self.approved += here;
         self.forward = total - here;
+    }
+
+    /// [Approves](Flow::approve) all rows, of results and of COPY, that come next; nothing needs to be known of them.
+    #[inline]
+    pub fn approve_rows(&mut self) {
+        while let Some(header) = frame::header(self.unseen()).ok().flatten()
+            && matches!(header.tag, b'D' | b'd')
+        {
+            self.approve(header.total);
+        }
     }
 
     /// Drops `seen` bytes, in the place of which something was put into [`Flow::out`], and forwards the `rest`.
@@ -170,7 +186,8 @@ impl Flow {
     }
 
     /// Receives some bytes; 0 is the end of the stream. There is always room for more: a buffer full of one frame that
-    /// must be seen whole grows, and who asks for that has checked the frame's length.
+    /// must be seen whole grows, and who asks for that has checked the frame's length. Another stream than the last time
+    /// has to be announced by [`Flow::disarm`].
     #[inline]
     pub fn poll_fill(
         &mut self,
@@ -179,18 +196,43 @@ impl Flow {
         buffers: &Buffers,
     ) -> Poll<io::Result<usize>> {
         if self.buf.is_none() {
-            ready!(stream.poll_readable(cx))?;
-            self.buf = Some(buffers.take());
+            if self.armed && !stream.may_read() {
+                return Poll::Pending;
+            }
+            let readable = stream.poll_readable(cx);
+            // A task that has used up its turn is not registered, only told to come again.
+            self.armed = readable.is_pending() && has_budget_remaining();
+            ready!(readable)?;
+            self.buf = Some(if self.bulk { buffers.take_large() } else { buffers.take() });
         } else {
             self.make_room();
         }
         let Some(buf) = &mut self.buf else { return Poll::Pending };
-        let result = stream.poll_fill(cx, &mut buf[self.end..]);
+        self.armed = false;
+        let room = &mut buf[self.end..];
+        let whole = room.len();
+        let result = stream.poll_fill(cx, room);
         if let Poll::Ready(Ok(n)) = result {
             self.end += n;
+            self.bulk = n == whole || self.bulk && n > whole / 4;
         }
         self.give_back(buffers);
         result
+    }
+
+    /// The end: whatever is held goes, and the buffers back.
+    pub fn put_away(&mut self, buffers: &Buffers) {
+        if let Some(buf) = self.buf.take() {
+            buffers.give(buf);
+        }
+        buffers.give_text(std::mem::take(&mut self.out));
+        *self = Self::default();
+    }
+
+    /// What is read next comes from another stream.
+    #[inline]
+    pub fn disarm(&mut self) {
+        self.armed = false;
     }
 
     fn make_room(&mut self) {

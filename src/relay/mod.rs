@@ -3,6 +3,7 @@
 //! One task per client. It waits without a server connection and without a buffer until a request begins, borrows a
 //! connection, passes frames both ways as [`session::Session`] decides, and gives the connection back.
 
+mod address;
 mod exchange;
 #[cfg(test)]
 mod faults;
@@ -18,6 +19,7 @@ mod notify;
 pub mod scan;
 pub mod session;
 pub mod settle;
+mod stand_in;
 pub mod track;
 mod watch;
 
@@ -35,7 +37,7 @@ use crate::client::signals::{Signal, Signals};
 use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::metrics::{Metrics, TenantStats, WorkerStats};
+use crate::metrics::{self, Metrics, TenantStats, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
@@ -45,7 +47,7 @@ use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
 use crate::violation::{self, Action, Kind, Violation};
-use crate::wire::frame::{self, HEADER};
+use crate::wire::frame::{self, HEADER, until_nul};
 use crate::wire::message;
 use flow::Flow;
 use guard::{Neighbours, Seat};
@@ -166,6 +168,8 @@ pub fn run<F: FnOnce(End) + Send>(
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
             End::Left | End::Lost => {}
         }
+        relay.up.put_away(&relay.worker.buffers);
+        relay.down.put_away(&relay.worker.buffers);
         drop(relay);
         at_end(end);
     }
@@ -190,6 +194,10 @@ struct Relay {
     ready_at: Instant,
     /// Settings that the client takes along, other than those that the server reports.
     carried: Arc<Carried>,
+    /// The reported settings that it began with.
+    base: Arc<Params>,
+    /// What the session's scope was made of.
+    scoped: (Arc<Params>, Arc<Carried>),
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
     /// What it listens to without one.
@@ -198,6 +206,8 @@ struct Relay {
     held: bool,
     /// The client has seeded `random()` on the server connection that it keeps.
     seeded: bool,
+    /// The client has written down the process id of the server connection that it keeps.
+    known_by_process: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server connection's settings are no longer the client's, which are known.
@@ -247,7 +257,10 @@ impl Relay {
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);
+        let base = client.params.clone();
         Self {
+            scoped: (base.clone(), carried.clone()),
+            base,
             client,
             worker,
             pool,
@@ -265,6 +278,7 @@ impl Relay {
             ears: None,
             held: false,
             seeded: false,
+            known_by_process: false,
             leaving: false,
             held_up: false,
             has_params: false,
@@ -532,14 +546,14 @@ struct Waiting<'a>(&'a WorkerStats);
 
 impl<'a> Waiting<'a> {
     fn new(stats: &'a WorkerStats) -> Self {
-        stats.clients_waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::shift(&stats.clients_waiting, 1);
         Self(stats)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.clients_waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::shift(&self.0.clients_waiting, -1);
     }
 }
 

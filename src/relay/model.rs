@@ -366,7 +366,7 @@ impl World {
             params: self.pool.welcome(&settings).unwrap(),
             settings,
             application_name: "".into(),
-            key: self.cancels.issue(4, None, signals.clone()),
+            key: self.cancels.issue(4, None, &self.tenant.id, signals.clone()),
             lease: None,
             replicates: false,
             signals,
@@ -408,7 +408,7 @@ impl World {
         if !seats.iter().all(|seat| seat.direct.is_idle()) {
             return;
         }
-        for (at, reason) in crate::metrics::PIN_REASONS.iter().enumerate() {
+        for (at, reason) in metrics::PIN_REASONS.iter().enumerate() {
             let pinned = self.worker.stats.clients_pinned[at].load(Ordering::Relaxed);
             let expected = seats.iter().filter(|seat| seat.direct.holds() == Some(at)).count();
             assert_eq!(pinned, expected, "clients pinned for {reason}");

@@ -42,6 +42,11 @@ impl Named {
         self.map.values()
     }
 
+    /// For statements in the place of others with the same text.
+    pub(super) fn values_mut(&mut self) -> impl Iterator<Item = &mut Arc<Statement>> {
+        self.map.values_mut()
+    }
+
     pub(super) fn insert(&mut self, name: Arc<[u8]>, statement: Arc<Statement>) -> Option<Arc<Statement>> {
         let length = name.len();
         self.bytes += cost(&name, &statement.body);

@@ -16,6 +16,8 @@ pub enum Verb {
     Execute,
     /// `DEALLOCATE name`
     Deallocate,
+    /// `DEALLOCATE ALL`, `DISCARD ALL`: all names, and none stands there.
+    ForgetAll,
 }
 
 /// A name of a prepared statement in a text.
@@ -41,23 +43,25 @@ fn in_statement(tokens: &[(Token, Range<usize>)]) -> Option<Use> {
         Some((Token::Word(word), _)) => word.as_str(),
         _ => "",
     };
+    let all = Use { verb: Verb::ForgetAll, name: Box::default(), at: 0..0 };
     let (verb, at) = match (word(0), word(1)) {
+        ("discard" | "deallocate", "all") => return Some(all),
+        ("deallocate", "prepare") if word(2) == "all" => return Some(all),
         ("prepare", second) if second != "transaction" => (Verb::Prepare, 1),
         ("execute", _) => (Verb::Execute, 1),
         ("deallocate", "prepare") if tokens.len() > 2 => (Verb::Deallocate, 2),
         ("deallocate", _) => (Verb::Deallocate, 1),
         _ => return None,
     };
-    // ALL is no name, unless in quotes.
-    let (token, span) = tokens.get(at).filter(|(token, _)| !(verb == Verb::Deallocate && token.is("all")))?;
+    let (token, span) = tokens.get(at)?;
     Some(Use { verb, name: token.name()?.as_bytes().into(), at: span.clone() })
 }
 
-/// The text with other names where `ours` has one.
-pub fn rename<'a>(sql: &[u8], uses: &[Use], ours: impl Fn(&Use) -> Option<&'a [u8]>) -> Vec<u8> {
+/// The text with other names where `ours`, in the order of the uses, has one.
+pub fn rename<'a>(sql: &[u8], uses: &[Use], ours: impl Iterator<Item = Option<&'a [u8]>>) -> Vec<u8> {
     let (mut text, mut from) = (Vec::with_capacity(sql.len() + 16), 0);
-    for found in uses {
-        let Some(name) = ours(found) else { continue };
+    for (found, name) in uses.iter().zip(ours) {
+        let Some(name) = name else { continue };
         text.extend_from_slice(&sql[from..found.at.start]);
         text.extend_from_slice(name);
         from = found.at.end;
@@ -75,8 +79,10 @@ mod tests {
         for (sql, expected) in [
             ("DEALLOCATE \"_pg3_0\"", "Deallocate _pg3_0"),
             ("deallocate prepare Abc;", "Deallocate abc"),
-            ("DEALLOCATE ALL", ""),
-            ("DEALLOCATE prepare all", ""),
+            ("DEALLOCATE ALL", "ForgetAll "),
+            ("DEALLOCATE prepare all", "ForgetAll "),
+            ("discard all; EXECUTE a", "ForgetAll  Execute a"),
+            ("DISCARD PLANS", ""),
             ("DEALLOCATE \"all\"", "Deallocate all"),
             ("DEALLOCATE prepare", "Deallocate prepare"),
             ("/* x */ EXECUTE\n\"a\"\"b\" (1, 'x;y')", "Execute a\"b"),
@@ -95,8 +101,9 @@ mod tests {
     #[test]
     fn only_the_names_are_replaced() {
         let sql = b"SELECT 'a'; EXECUTE \"a\" ('a'); deallocate a; EXECUTE b";
-        let ours = |found: &Use| (*found.name == *b"a").then_some(&b"ours_1"[..]);
-        let text = rename(sql, &uses(sql, Lex::default()), ours);
+        let uses = uses(sql, Lex::default());
+        let ours = uses.iter().map(|found| (*found.name == *b"a").then_some(&b"ours_1"[..]));
+        let text = rename(sql, &uses, ours);
         assert_eq!(text, b"SELECT 'a'; EXECUTE ours_1 ('a'); deallocate ours_1; EXECUTE b");
     }
 }

@@ -126,7 +126,7 @@ impl Relay {
             b'P' if body.first() == Some(&0) => &body[1..],
             _ => return false,
         };
-        let text = text.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(text);
         !scan::leaves_state(text) && !scan::may_begin(text)
     }
 

@@ -22,6 +22,12 @@ pub struct Seen {
     pub frees: bool,
     /// It may list prepared statements.
     pub lists: bool,
+    /// It asks for the process id of the session.
+    pub own_process: bool,
+    /// There is a `SET LOCAL` in it.
+    pub local: bool,
+    /// It asks who waits for whom, by process ids.
+    pub processes: bool,
 }
 
 /// Looks at a text. `is_name` says of the lower-case name in front of a dot whether it may be a tenant's; it may say
@@ -146,6 +152,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             };
             self.seen.leaves_state |= unsure;
             if self.seen.leaves_state && self.seen.suspicious {
+                let behind = &self.sql[self.at.min(self.sql.len())..];
+                self.seen.advances |= ADVANCING.iter().any(|word| contains(behind, word.as_bytes()));
                 break;
             }
         }
@@ -165,7 +173,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let start = self.at;
         self.skip_while(lex::continues_name);
         self.name = (start, self.at);
-        let mut lower = [0; 32];
+        let mut lower = [0; 40];
         let word = &self.sql[start..self.at];
         if !self.first && self.is_plain(word) {
             self.after_into = false;
@@ -215,6 +223,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             return false;
         }
         self.seen.advances |= matches!(word, b"nextval" | b"setval");
+        self.seen.own_process |= word == b"pg_backend_pid";
+        self.seen.processes |= WAITS.contains(&word);
         HARMLESS.binary_search(&word).is_err()
     }
 
@@ -267,6 +277,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
             let rest = &self.sql[self.at..];
             let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
             let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
+            self.seen.local |= local;
             return !(local || transaction);
         }
         self.seen.advances |= matches!(word, b"copy" | b"merge" | b"with");
@@ -314,6 +325,13 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.sql[start..self.at].contains(&b'\\')
     }
 }
+
+/// Words of statements that may change what `currval` says.
+const ADVANCING: [&str; 6] = ["insert", "nextval", "setval", "copy", "merge", "with"];
+
+/// Functions of [`HARMLESS`] that take process ids.
+const WAITS: [&[u8]; 3] =
+    [b"pg_blocking_pids", b"pg_safe_snapshot_blocking_pids", b"pg_isolation_test_session_is_blocked"];
 
 /// Names by which settings are changed without SET.
 #[inline]
@@ -602,6 +620,7 @@ const HARMLESS: &[&[u8]] = &[
     b"pg_advisory_xact_lock",
     b"pg_advisory_xact_lock_shared",
     b"pg_backend_pid",
+    b"pg_blocking_pids",
     b"pg_column_size",
     b"pg_encoding_to_char",
     b"pg_get_constraintdef",
@@ -611,8 +630,10 @@ const HARMLESS: &[&[u8]] = &[
     b"pg_get_userbyid",
     b"pg_get_viewdef",
     b"pg_is_in_recovery",
+    b"pg_isolation_test_session_is_blocked",
     b"pg_postmaster_start_time",
     b"pg_relation_size",
+    b"pg_safe_snapshot_blocking_pids",
     b"pg_size_pretty",
     b"pg_sleep",
     b"pg_table_is_visible",

@@ -8,12 +8,15 @@
 //! server's error by ours. So a transaction fails, a pipeline is skipped and an implicit transaction is rolled back
 //! just as if the server itself had refused.
 
+mod bring;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, BytesMut};
 
+use super::address::{self, Addressed};
 use super::lex::Lex;
 use super::named::Named;
 use super::names::{self, Use, Verb};
@@ -23,8 +26,9 @@ use crate::error::{PgError, sqlstate};
 use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
+use crate::pool::scope;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
-use crate::wire::frame::{self, HEADER, Header, cstr};
+use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
 type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
@@ -40,6 +44,8 @@ pub enum Verdict {
     Instead,
     /// It goes nowhere.
     Swallow,
+    /// Nothing has happened: it is to be looked at again when what it needs is there.
+    Later,
 }
 
 /// How prepared statements are treated.
@@ -73,8 +79,43 @@ pub trait Ward {
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
     /// A text goes through that may change what later ones mean, or is run later.
     fn remember(&self, text: &[u8], lex: Lex);
+    /// The server process that stands for a client, given the process id that the client was told; for a client without
+    /// one there will be one, if it is to be `signalled`. `None` if the id is to stay what it is.
+    fn process(&self, _pid: u32, _signalled: bool) -> Option<u32> {
+        None
+    }
+    /// Whether there is no process yet for a client that is to be signalled.
+    fn is_missing(&self) -> bool {
+        false
+    }
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
+}
+
+/// A Bind of which everything behind the tag and before the end has `length` bytes.
+fn put_bind(out: &mut BytesMut, length: usize, portal: &[u8], statement: &[u8], values: &[u8]) {
+    out.put_u8(b'B');
+    // Fits: the client's own length did, and our names are short.
+    out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    out.extend_from_slice(portal);
+    out.put_u8(0);
+    out.extend_from_slice(statement);
+    out.put_u8(0);
+    out.extend_from_slice(values);
+}
+
+/// What becomes of a statement's text, or of its values, in which process ids may stand.
+fn addressed(
+    text: &[u8],
+    ward: &dyn Ward,
+    replace: impl FnOnce(&dyn Fn(u32) -> Option<u32>) -> Option<Vec<u8>>,
+) -> Addressed {
+    let signalled = address::signals(text);
+    let said = replace(&|pid| ward.process(pid, signalled));
+    if ward.is_missing() {
+        return Addressed::Later;
+    }
+    said.map_or(Addressed::AsItIs, Addressed::Said)
 }
 
 fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
@@ -89,6 +130,10 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         (residue.advances, residue.frees) = (residue.advances | seen.advances, residue.frees | seen.frees);
         residue.listens = residue.unknown && scan::may_listen(text);
         residue.lists = seen.lists;
+        residue.own_process = seen.own_process;
+        residue.processes = seen.processes || (residue.unknown && address::takes_processes(text));
+        residue.stores_process = seen.own_process && track::stores(text, ward.lex());
+        residue.rescopes |= seen.local && scope::may_set(text);
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -129,8 +174,8 @@ enum Expect {
     CloseBySql(Box<[u8]>),
     /// A Parse of a name that is taken, which the server rejects, unless the name is free by then.
     Taken(Box<Taken>),
-    /// A Parse of what is prepared already, for the server to say whether it may be now; the name it was for.
-    Checked(Arc<[u8]>),
+    /// A Parse of what is prepared already, for the server to say whether it may be now.
+    Checked(Box<ParseUndo>),
     /// A Parse of ours: its answer is for nobody.
     Injected(u64),
     InjectedUnnamed,
@@ -142,6 +187,8 @@ enum Expect {
     InjectedQuery,
     /// A step of the extended protocol of ours, to be answered by this.
     InjectedStep(u8),
+    /// A Parse of nothing under the name of the statement with this number, which somebody names who does not run it.
+    InjectedEmpty(u64),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
     CopyEnd,
     /// ParseComplete, which we give ourselves when its turn comes; the name it was for.
@@ -207,6 +254,8 @@ struct ParseUndo {
     name: Box<[u8]>,
     /// The statement that was noted as prepared on the server connection.
     statement: Arc<Statement>,
+    /// Its scope is what it is prepared in, as far as is known.
+    in_scope: bool,
 }
 
 /// The state of one client's conversation.
@@ -243,10 +292,18 @@ pub struct Session {
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
-    /// The client's `search_path`, if it has set one: the same text means something else under another.
+    /// What the same text means something else in another of; see [`scope`].
     scope: Box<str>,
-    /// Something that is not answered yet may take prepared statements away.
-    takes_away: bool,
+    /// The client has prepared something that takes process ids.
+    addresses: bool,
+    /// It may be another until the transaction ends.
+    rescopes: bool,
+    /// A Query has let the server forget the state of sequences.
+    forgot_sequences: bool,
+    /// Something that is not answered yet may give names to prepared statements, or take them away.
+    renames: bool,
+    /// Why a statement could not be prepared for the Query or the Bind behind it.
+    unprepared: Option<Box<(u64, PgError)>>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -296,7 +353,11 @@ impl Session {
             untidy: false,
             altered: false,
             scope: Box::default(),
-            takes_away: false,
+            addresses: false,
+            rescopes: false,
+            forgot_sequences: false,
+            renames: false,
+            unprepared: None,
         }
     }
 
@@ -366,7 +427,7 @@ impl Session {
             b"" => self.unnamed.as_ref()?.body.as_slice(),
             name => &self.named.get(name)?.body,
         };
-        body.split(|&b| b == 0).next()
+        Some(until_nul(body))
     }
 
     /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
@@ -386,12 +447,17 @@ impl Session {
         std::mem::take(&mut self.residue)
     }
 
-    /// Notes the client's `search_path`, if it has set one.
-    pub fn set_scope(&mut self, search_path: Option<&str>) {
-        let search_path = search_path.unwrap_or_default();
-        if *self.scope != *search_path {
-            self.scope = search_path.into();
+    /// Notes what the client's settings have come to; see [`scope::of`].
+    pub fn set_scope(&mut self, scope: String, registry: &Registry) {
+        if *self.scope == *scope {
+            return;
         }
+        for statement in self.named.values_mut() {
+            if let Some(there) = registry.used_in(statement, &scope) {
+                *statement = there;
+            }
+        }
+        self.scope = scope.into();
     }
 
     /// Whether the server connection has to be reset before others get it; asked once, when it goes back.
@@ -420,6 +486,12 @@ impl Session {
         std::mem::take(&mut self.residue.databases)
     }
 
+    /// Whether the client has just asked for the process id of its session; asked once.
+    #[inline]
+    pub fn asks_for_process(&mut self) -> bool {
+        std::mem::take(&mut self.residue.own_process)
+    }
+
     /// Whether anything may be left behind.
     #[inline]
     pub fn has_residue(&self) -> bool {
@@ -441,13 +513,14 @@ impl Session {
     #[inline]
     fn note_residue(&mut self, residue: &Residue, whole: bool) {
         self.residue.unknown |= !whole;
-        self.takes_away |= residue.frees;
+        self.residue.own_process |= residue.own_process;
+        self.rescopes |= residue.rescopes;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
             self.residue.parameters.clear();
             if self.pool_mode != PoolMode::Auto {
-                (self.residue.asks, self.residue.frees) = (false, false);
+                (self.residue.asks, self.residue.frees, self.residue.stores_process) = (false, false, false);
             }
         }
     }
@@ -496,8 +569,16 @@ impl Session {
             b'E' => {
                 self.queries += 1;
                 let events = self.bound.take();
+                let asks = renames(&events) && frame.len() == header.total;
+                self.renames |= asks;
                 self.push_extended(Expect::Execute(events));
-                Ok(Verdict::Forward)
+                if !asks {
+                    return Ok(Verdict::Forward);
+                }
+                // What follows waits for the answer: names mean something else then.
+                out.extend_from_slice(frame);
+                message::flush(out);
+                Ok(Verdict::Replace)
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
@@ -554,7 +635,7 @@ impl Session {
     }
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
-        let text = frame[HEADER..].split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&frame[HEADER..]);
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
@@ -563,6 +644,16 @@ impl Session {
             }
         };
         let whole = frame.len() == header.total;
+        let addressed = match residue.processes && whole {
+            true => addressed(text, link.ward, |process| address::in_text(text, process)),
+            false => Addressed::AsItIs,
+        };
+        let addressed = match addressed {
+            Addressed::AsItIs => None,
+            Addressed::Said(text) => Some(text),
+            Addressed::Later => return Verdict::Later,
+        };
+        let text = addressed.as_deref().unwrap_or(text);
         self.note_residue(&residue, whole);
         self.note_sequences(&residue, true, link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
@@ -571,22 +662,20 @@ impl Session {
         self.queries += 1;
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
-        let shared: Vec<_> = shared.collect();
-        self.note_used(&shared);
-        let translated = (!shared.is_empty()).then(|| self.translate(text, &uses));
+        let translated = translate(text, &uses, &events);
+        self.note_used(&events);
         // An aborted transaction may be over by then.
-        if !self.open_group && (self.status != b'E' || !self.expects.is_empty()) {
-            if residue.lists && self.hide_others(None, link, out) {
-                message::sync(out);
-                self.expects.push_back(Expect::InjectedSync);
-            }
-            self.bring(&shared, link, out);
+        let takes_more = self.status != b'E' || !self.expects.is_empty();
+        if residue.lists && takes_more && !self.open_group && self.hide_others(None, link, out) {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
         }
+        self.bring_to_query(&events, link, out);
+        self.renames |= renames(&events);
         self.open_group = false;
         self.expects.push_back(Expect::Query(events));
-        match translated {
-            Some(text) => message::query_bytes(out, &text),
+        match translated.as_ref().or(addressed.as_ref()) {
+            Some(text) => message::query_bytes(out, text),
             None if out.is_empty() => return Verdict::Forward,
             None => out.extend_from_slice(frame),
         }
@@ -600,48 +689,26 @@ impl Session {
         if interesting { names::uses(text, ward.lex()) } else { Vec::new() }
     }
 
+    /// What they mean one after the other: a name that was taken away is the server's business from there on.
     fn events(&self, uses: &[Use]) -> Events {
-        let event = |found: &Use| {
-            let shared = self.named.get(&found.name).cloned();
-            Event { verb: found.verb, name: found.name.clone(), shared }
-        };
-        (!uses.is_empty()).then(|| Box::new(uses.iter().map(event).collect()))
+        let mut events = VecDeque::with_capacity(uses.len());
+        for found in uses {
+            let gone = events.iter().any(|before: &Event| match before.verb {
+                Verb::ForgetAll => true,
+                Verb::Deallocate => before.name == found.name,
+                Verb::Prepare | Verb::Execute => false,
+            });
+            let shared = if gone { None } else { self.named.get(&found.name).cloned() };
+            events.push_back(Event { verb: found.verb, name: found.name.clone(), shared });
+        }
+        (!events.is_empty()).then(|| Box::new(events))
     }
 
     /// What they leave behind, a text leaves behind that executes them.
-    fn note_used(&mut self, used: &[Arc<Statement>]) {
-        for statement in used {
+    fn note_used(&mut self, events: &Events) {
+        let used = events.iter().flat_map(|events| events.iter()).filter_map(|event| event.shared.clone());
+        for statement in used.collect::<Vec<_>>() {
             self.note_residue(&statement.residue, true);
-        }
-    }
-
-    /// The text with our names for the client's.
-    fn translate(&self, text: &[u8], uses: &[Use]) -> Vec<u8> {
-        names::rename(text, uses, |found| self.named.get(&found.name).map(|statement| &*statement.name))
-    }
-
-    /// Prepares statements that the server connection does not have, ahead of a Query.
-    fn bring(&mut self, shared: &[Arc<Statement>], link: &mut Link<'_>, out: &mut BytesMut) {
-        let Statements::Shared(max) = self.statements else { return };
-        let before = self.expects.len();
-        for statement in shared {
-            self.bring_one(statement, max, link, out);
-        }
-        if self.expects.len() > before {
-            message::sync(out);
-            self.expects.push_back(Expect::InjectedSync);
-        }
-    }
-
-    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if !link.prepared.touch(statement.id) {
-            self.make_room(statement, max, link, out);
-            if link.prepared.put_right(statement.id) {
-                message::close(out, b'S', &statement.name);
-                self.push_extended(Expect::InjectedClose(statement.id));
-            }
-            message::parse_with(out, &statement.name, &statement.body);
-            self.push_extended(Expect::Injected(statement.id));
         }
     }
 
@@ -703,7 +770,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
         let (name, body) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Parse"))?;
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         let whole = frame.len() == header.total;
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
@@ -725,8 +792,9 @@ impl Session {
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
+        self.addresses |= residue.processes;
         if name.is_empty() {
-            return Ok(self.parse_unnamed(text, body, whole, residue, link, out));
+            return Ok(self.parse_addressed(text, body, whole, residue, link, out));
         }
         if self.by_sql.contains(name) {
             // The server says that the name is taken, or that something else is wrong.
@@ -751,18 +819,17 @@ impl Session {
         }
         let statement = link.registry.intern(&self.scope, body, || residue);
         self.named.insert(name.into(), statement.clone());
-        if self.takes_away && !self.expects.is_empty() && link.prepared.touch(statement.id) {
-            // It may be gone by then, or not: it is closed, and prepared again.
-            link.prepared.squat(statement.id);
-        }
+        let in_scope = !self.scope_in_doubt();
+        let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
         if link.prepared.touch(statement.id) {
-            if self.status != b'I' || self.expects.iter().any(ends_by_itself) {
+            let accepted = statement.accepted.load(Ordering::Relaxed);
+            if !accepted || self.status != b'I' || self.expects.iter().any(ends_by_itself) {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
                 // have a search_path of its own.
                 message::close(out, b'S', CHECK);
                 message::parse_with(out, CHECK, &statement.body);
                 self.push_extended(Expect::InjectedStep(b'3'));
-                self.push_extended(Expect::Checked(name.into()));
+                self.push_extended(Expect::Checked(parsed));
                 return Ok(Verdict::Instead);
             }
             // Nothing to wait for, but the answer keeps its place in line behind what the server still owes.
@@ -770,13 +837,8 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
-        if link.prepared.put_right(statement.id) {
-            message::close(out, b'S', &statement.name);
-            self.push_extended(Expect::InjectedClose(statement.id));
-        }
         message::parse_with(out, &statement.name, &statement.body);
-        let undo = ParseUndo { name: name.into(), statement };
-        self.push_extended(Expect::Parse(Some(Box::new(undo))));
+        self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
     }
 
@@ -787,6 +849,34 @@ impl Session {
         for answer in *b"31" {
             self.push_extended(Expect::InjectedStep(answer));
         }
+    }
+
+    /// The unnamed statement, with the server's process ids: it is usually bound at once.
+    fn parse_addressed(
+        &mut self,
+        text: &[u8],
+        body: &[u8],
+        whole: bool,
+        residue: Residue,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Verdict {
+        let addressed = match residue.processes && whole {
+            true => addressed(text, link.ward, |process| address::in_text(text, process)),
+            false => Addressed::AsItIs,
+        };
+        let said = match addressed {
+            Addressed::AsItIs => return self.parse_unnamed(text, body, whole, residue, link, out),
+            Addressed::Later => return Verdict::Later,
+            Addressed::Said(said) => said,
+        };
+        let body = [&said, &body[text.len()..]].concat();
+        let verdict = self.parse_unnamed(&said, &body, whole, residue, link, out);
+        if verdict != Verdict::Forward {
+            return verdict;
+        }
+        message::parse_with(out, b"", &body);
+        Verdict::Instead
     }
 
     fn parse_unnamed(
@@ -801,12 +891,8 @@ impl Session {
         self.note_residue(&residue, whole);
         let uses = if whole { self.uses(text, &residue, link.ward) } else { Vec::new() };
         let events = self.events(&uses);
-        let shared = events.iter().flat_map(|events| events.iter()).any(|event| event.shared.is_some());
-        let translated = shared.then(|| {
-            let mut translated = self.translate(text, &uses);
-            translated.extend_from_slice(&body[text.len()..]);
-            translated
-        });
+        let translated =
+            translate(text, &uses, &events).map(|text_of_ours| [&text_of_ours, &body[text.len()..]].concat());
         let said = events.is_some().then(|| body.into());
         let body = translated.as_deref().unwrap_or(body);
         let residue = if whole { residue } else { Residue::anything() };
@@ -855,10 +941,11 @@ impl Session {
         }
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
-        let text = body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(body);
         if ward.looks() && see(text, ward).0.suspicious {
             return None;
         }
+        self.addresses |= statement.residue.processes;
         self.named.insert(name.into(), statement);
         answers.extend_from_slice(&[b'1', 0, 0, 0, 4]);
         message::ready_for_query(answers, b'I');
@@ -882,11 +969,14 @@ impl Session {
         UnnamedOwner { client: self.client, serial: self.unnamed_serial }
     }
 
-    /// Notes a statement as prepared on the server, and closes the least recently used one if there are too many.
+    /// Notes a statement as prepared on the server, closes the least recently used one if there are too many, and what has
+    /// its name there.
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if let Some(victim) = link.prepared.add(statement.clone(), max) {
-            message::close(out, b'S', &victim.name);
-            self.push_extended(Expect::InjectedClose(victim.id));
+        let victim = link.prepared.add(statement.clone(), max);
+        let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
+        for closed in victim.into_iter().chain(squatter) {
+            message::close(out, b'S', &closed.name);
+            self.push_extended(Expect::InjectedClose(closed.id));
         }
     }
 
@@ -903,17 +993,29 @@ impl Session {
         };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
         let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
+        let whole = frame.len() == header.total;
+        let addressed = match self.addresses && whole {
+            true => self.address_values(name, values, link.ward),
+            false => Addressed::AsItIs,
+        };
+        let addressed = match addressed {
+            Addressed::AsItIs => None,
+            Addressed::Said(values) => Some(values),
+            Addressed::Later => return Ok(Verdict::Later),
+        };
+        if let Some(error) = self.miscounted(name, values, link.prepared) {
+            return Ok(self.refuse_parse(false, error, out));
+        }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
         };
         self.bound = None;
-        let whole = frame.len() == header.total;
         if name.is_empty() {
             self.bind_unnamed(values, whole, max, link, out);
         }
         let mut shared = None;
         let verdict = match statement {
-            Resolved::AsNamed if out.is_empty() => Verdict::Forward,
+            Resolved::AsNamed if out.is_empty() && addressed.is_none() => Verdict::Forward,
             Resolved::Shared(statement, clients, events) => {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
@@ -922,24 +1024,51 @@ impl Session {
                 if statement.residue.lists {
                     self.hide_others(Some(statement.id), link, out);
                 }
-                out.put_u8(b'B');
-                let length = header.total - 1 - name.len() + statement.name.len();
-                // Fits: the client's own length did, and our names are short.
-                out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-                out.extend_from_slice(portal);
-                out.put_u8(0);
-                out.extend_from_slice(&statement.name);
-                out.put_u8(0);
-                out.extend_from_slice(values);
+                let said = addressed.as_deref().unwrap_or(values);
+                let length = header.total - 1 - name.len() - values.len() + statement.name.len() + said.len();
+                put_bind(out, length, portal, &statement.name, said);
                 Verdict::Replace
             }
             Resolved::AsNamed | Resolved::Injected => {
-                out.extend_from_slice(frame);
+                match addressed {
+                    Some(said) => {
+                        put_bind(out, header.total - 1 - values.len() + said.len(), portal, name, &said);
+                    }
+                    None => out.extend_from_slice(frame),
+                }
                 Verdict::Replace
             }
         };
         self.push_extended(Expect::Bind(shared));
         Ok(verdict)
+    }
+
+    /// The values that are bound to a statement, with the server's process ids; its text is looked at, too.
+    fn address_values(&self, name: &[u8], values: &[u8], ward: &dyn Ward) -> Addressed {
+        let (residue, body) = match name {
+            b"" => self.unnamed.as_ref().map(|unnamed| (&unnamed.residue, unnamed.body.as_slice())),
+            name => self.named.get(name).map(|statement| (&statement.residue, &*statement.body)),
+        }
+        .unzip();
+        if !residue.is_some_and(|residue| residue.processes) {
+            return Addressed::AsItIs;
+        }
+        let text = body.unwrap_or_default().split(|&b| b == 0).next().unwrap_or_default();
+        addressed(text, ward, |process| {
+            let _ = address::in_text(text, process);
+            address::in_values(values, process)
+        })
+    }
+
+    /// A statement with the server's process ids in its text, as they are now.
+    fn addressed_now(&self, statement: Arc<Statement>, link: &Link<'_>) -> Arc<Statement> {
+        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let signalled = address::signals(text);
+        let Some(mut body) = address::in_text(text, |pid| link.ward.process(pid, signalled)) else {
+            return statement;
+        };
+        body.extend_from_slice(&statement.body[text.len()..]);
+        link.registry.intern(&self.scope, &body, || statement.residue.clone())
     }
 
     fn note_bound(&mut self, residue: &Residue, values: &[u8], whole: bool) {
@@ -961,16 +1090,6 @@ impl Session {
         self.bound = unnamed.events.clone();
         self.unnamed = Some(unnamed);
         self.bring_used(max, link, out);
-    }
-
-    /// Prepares what the unnamed statement names.
-    fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let Some(Some(events)) = self.unnamed.as_ref().map(|unnamed| &unnamed.events) else { return };
-        let shared: Vec<_> = events.iter().filter_map(|event| event.shared.clone()).collect();
-        self.note_used(&shared);
-        for statement in shared {
-            self.bring_one(&statement, max, link, out);
-        }
     }
 
     /// Makes sure that the server connection has the statement that the client means.
@@ -998,7 +1117,8 @@ impl Session {
         let (name, statement) = (name.clone(), statement.clone());
         let (statement, events) =
             if statement.names { self.as_named_now(statement, max, link, out) } else { (statement, None) };
-        self.bring_one(&statement, max, link, out);
+        let statement = if statement.residue.processes { self.addressed_now(statement, link) } else { statement };
+        self.bring_apart(&statement, max, link, out);
         Some(Resolved::Shared(statement, name, events))
     }
 
@@ -1006,10 +1126,10 @@ impl Session {
     fn translate_unnamed(&mut self, ward: &dyn Ward) {
         let said = self.unnamed.as_mut().and_then(|unnamed| unnamed.said.take());
         let Some(said) = said else { return };
-        let text = said.split(|&b| b == 0).next().unwrap_or_default();
+        let text = until_nul(&said);
         let uses = names::uses(text, ward.lex());
         let events = self.events(&uses);
-        let mut body = self.translate(text, &uses);
+        let mut body = translate(text, &uses, &events).unwrap_or_else(|| text.to_vec());
         body.extend_from_slice(&said[text.len()..]);
         let Some(unnamed) = &mut self.unnamed else { return };
         if unnamed.body != body {
@@ -1027,18 +1147,12 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> (Arc<Statement>, Events) {
-        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = statement.text();
         let uses = names::uses(text, link.ward.lex());
         let events = self.events(&uses);
-        let used: Vec<_> = events.iter().flat_map(|e| e.iter()).filter_map(|e| e.shared.clone()).collect();
-        if used.is_empty() {
-            return (statement, events);
-        }
-        self.note_used(&used);
-        for used in &used {
-            self.bring_one(used, max, link, out);
-        }
-        let mut body = self.translate(text, &uses);
+        let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
+        self.bring_all(&events, max, link, out);
+        self.note_used(&events);
         body.extend_from_slice(&statement.body[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
@@ -1133,13 +1247,19 @@ impl Session {
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
                 let mut shared = events.iter().filter_map(|e| Some((e.shared.as_ref()?.id, &e.name)));
                 let text = String::from_utf8_lossy(frame);
-                let found = shared.find(|(id, _)| text.contains(&format!("\"pgusher_{id}\"")));
+                let unprepared = self.unprepared.as_ref().map(|unprepared| unprepared.0);
+                let found =
+                    shared.find(|(id, _)| unprepared == Some(*id) || text.contains(&format!("\"pgusher_{id}\"")));
                 let Some((id, name)) = found else { return false };
                 (format!("\"pgusher_{id}\""), String::from_utf8_lossy(name).into_owned())
             }
             _ => return false,
         };
         let mut error = server_error(&frame[HEADER..]);
+        if let Some(reason) = self.reason_for(&error, &ours) {
+            message::error_response(out, reason);
+            return true;
+        }
         if !error.message.contains(&ours) {
             return false;
         }
@@ -1208,7 +1328,8 @@ impl Session {
         out: &mut BytesMut,
     ) -> Result<Verdict, Desync> {
         match header.tag {
-            b'D' | b'd' | b'T' | b't' | b'n' | b'N' | b'A' | b'S' | b'H' | b'c' | b'V' => {
+            b'N' => Ok(self.notice()),
+            b'D' | b'd' | b'T' | b't' | b'n' | b'A' | b'S' | b'H' | b'c' | b'V' => {
                 if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
                     self.take();
                 }
@@ -1228,13 +1349,12 @@ impl Session {
                 Ok(Verdict::Swallow)
             }
             b'1' => match self.take() {
-                Some(Expect::Parse(parsed)) => {
-                    if let Some(parsed) = parsed {
-                        parsed.statement.accepted.store(true, Ordering::Relaxed);
-                    }
+                Some(Expect::Parse(None)) => Ok(Verdict::Forward),
+                Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                    parsed.statement.accepted.fetch_or(parsed.in_scope, Ordering::Relaxed);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Checked(_) | Expect::ParseUnnamed(_)) => Ok(Verdict::Forward),
+                Some(Expect::ParseUnnamed(_)) => Ok(Verdict::Forward),
                 Some(Expect::ParseBySql) => {
                     // It was gone. Now there is one under the client's own name, for nobody else to find.
                     self.untidy = true;
@@ -1246,7 +1366,7 @@ impl Session {
                     self.named.insert(taken.by.name, taken.statement);
                     Ok(Verdict::Forward)
                 }
-                Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Ok(Verdict::Swallow),
+                Some(Expect::Injected(_) | Expect::InjectedUnnamed | Expect::InjectedEmpty(_)) => Ok(Verdict::Swallow),
                 _ => Err(Desync(b'1')),
             },
             b'2' => self.pop(|e| matches!(e, Expect::Bind(_)), b'2'),
@@ -1266,6 +1386,18 @@ impl Session {
         }
     }
 
+    /// What a server has to say of a text it says each time it is parsed, and not when we do that again.
+    fn notice(&mut self) -> Verdict {
+        match self.expects.front_mut() {
+            Some(Expect::Injected(_) | Expect::InjectedUnnamed) => Verdict::Swallow,
+            Some(Expect::Parse(Some(parsed)) | Expect::Checked(parsed)) => {
+                parsed.in_scope = false;
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        }
+    }
+
     fn pop(&mut self, expected: impl Fn(&Expect) -> bool, tag: u8) -> Result<Verdict, Desync> {
         match self.take() {
             Some(expect) if expected(&expect) => Ok(Verdict::Forward),
@@ -1276,11 +1408,18 @@ impl Session {
     fn ready(&mut self, frame: &[u8]) -> Result<Verdict, Desync> {
         let Some(&status @ (b'I' | b'T' | b'E')) = frame.get(HEADER) else { return Err(Desync(b'Z')) };
         self.status = status;
-        self.takes_away &= self.expects.len() > 1;
+        if self.expects.len() <= 1 {
+            self.renames = false;
+            self.rescopes &= status != b'I';
+            self.forgot_sequences = false;
+        }
         (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
-            Some(expect) if ends_by_itself(&expect) => Ok(Verdict::Forward),
+            Some(expect) if ends_by_itself(&expect) => {
+                self.unprepared = None;
+                Ok(Verdict::Forward)
+            }
             _ => Err(Desync(b'Z')),
         }
     }
@@ -1311,7 +1450,10 @@ impl Session {
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
         if discarded && prepared.sequences_of == Some(self.client) {
             prepared.sequences_of = None;
+            self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
+        } else {
+            self.may_advance(prepared);
         }
         if matches!(self.expects.front(), Some(Expect::Execute(_))) {
             self.take();
@@ -1319,28 +1461,19 @@ impl Session {
         Verdict::Forward
     }
 
-    /// Nothing is prepared any more, but what comes behind in the same pipeline.
+    /// What comes behind a DISCARD in the same Query counts again.
+    #[inline]
+    fn may_advance(&mut self, prepared: &mut Prepared) {
+        if std::mem::take(&mut self.forgot_sequences) {
+            prepared.sequences_of = Some(self.client);
+        }
+    }
+
+    /// Nothing is prepared any more.
     fn forget_all(&mut self, prepared: &mut Prepared) {
-        let later: Vec<_> = self.expects.iter().filter_map(prepares).collect();
-        let kept = later.into_iter().filter_map(|name| self.named.remove_entry(name)).collect();
-        self.named = kept;
+        self.named = Named::default();
         self.by_sql.clear();
         prepared.clear();
-        let mut given: Vec<Box<[u8]>> = Vec::new();
-        for expect in &mut self.expects {
-            given.extend(prepares(expect).map(Into::into));
-            match expect {
-                Expect::Parse(Some(undo)) => drop(prepared.add(undo.statement.clone(), usize::MAX)),
-                // Should these be skipped, what they close is gone all the same.
-                Expect::OurClose(closed)
-                    if closed.as_ref().is_some_and(|c| !given.iter().any(|name| **name == *c.0)) =>
-                {
-                    *closed = None;
-                }
-                Expect::CloseBySql(_) => *expect = Expect::Close,
-                _ => {}
-            }
-        }
     }
 
     /// A statement about a name has been carried out.
@@ -1349,10 +1482,11 @@ impl Session {
             (Verb::Prepare, _) => drop(self.by_sql.insert(event.name)),
             (Verb::Deallocate, Some(statement)) => {
                 prepared.remove(statement.id);
+                prepared.put_right(statement.id);
                 self.named.remove(&event.name[..]);
             }
             (Verb::Deallocate, None) => drop(self.by_sql.remove(&event.name)),
-            (Verb::Execute, _) => {}
+            (Verb::Execute | Verb::ForgetAll, _) => {}
         }
     }
 
@@ -1362,6 +1496,7 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
+        self.may_advance(prepared);
         if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
             && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
@@ -1377,7 +1512,10 @@ impl Session {
             }
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
-            Some(Expect::Injected(_)) if self.brings_to_query() => Verdict::Swallow,
+            Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
+                self.note_unprepared(server_error(&frame[HEADER..]));
+                Verdict::Swallow
+            }
             _ if self.rename_in_error(frame, out) || explain_denied_lock(frame, out) => Verdict::Instead,
             _ => Verdict::Forward,
         };
@@ -1409,13 +1547,12 @@ impl Session {
         if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
-        let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
-        if self.takes_away && self.statements != Statements::PassThrough {
+        if self.renames && self.expects.iter().any(is_renaming) {
             return true;
         }
+        let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
-            Expect::Query(events) | Expect::Execute(events) => events.is_some(),
             Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
@@ -1433,10 +1570,9 @@ impl Session {
         }
     }
 
-    /// Whether the Parse of ours that is answered now is for a Query.
-    fn brings_to_query(&self) -> bool {
-        let ours = |e: &&Expect| matches!(e, Expect::Injected(_) | Expect::InjectedClose(_));
-        matches!(self.expects.iter().find(|e| !ours(e)), Some(Expect::InjectedSync))
+    /// Whether what is answered now belongs to a group of messages of ours, up to a Sync of ours.
+    fn is_in_group_of_ours(&self) -> bool {
+        matches!(self.expects.iter().find(|e| !is_step_of_ours(e)), Some(Expect::InjectedSync))
     }
 
     /// Takes back what was noted when a message was sent that the server has not carried out.
@@ -1449,8 +1585,9 @@ impl Session {
             Expect::ParseUnnamed(turn) | Expect::CloseUnnamed(turn) => self.undo_unnamed(turn, prepared),
             Expect::InjectedUnnamed => prepared.unnamed = prepared.unnamed.filter(|o| *o != self.unnamed_owner()),
             Expect::Injected(id) => prepared.remove(id),
+            Expect::InjectedEmpty(id) => drop(prepared.put_right(id)),
             Expect::CloseBySql(name) => drop(self.by_sql.insert(name)),
-            Expect::Checked(name) => drop(self.named.remove(&name)),
+            Expect::Checked(undo) => drop(self.named.remove(&undo.name[..])),
             Expect::OurParse(name) => {
                 self.named.remove(&name[..]);
             }
@@ -1496,20 +1633,36 @@ impl Session {
     }
 }
 
+/// Whether it is a message of ours, for what the client says behind it.
+fn is_step_of_ours(expect: &Expect) -> bool {
+    matches!(
+        expect,
+        Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_) | Expect::InjectedEmpty(_)
+    )
+}
+
 /// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.
 fn ends_by_itself(expect: &Expect) -> bool {
     use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
     matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
 }
 
-/// The name of the client's that a message gives a meaning to.
-fn prepares(expect: &Expect) -> Option<&[u8]> {
-    match expect {
-        Expect::Parse(Some(undo)) => Some(&undo.name),
-        Expect::OurParse(name) => Some(name),
-        Expect::Checked(name) => Some(name),
-        _ => None,
-    }
+/// Whether names of prepared statements mean something else when this is done.
+fn renames(events: &Events) -> bool {
+    events.iter().flat_map(|events| events.iter()).any(|event| event.verb != Verb::Execute)
+}
+
+fn is_renaming(expect: &Expect) -> bool {
+    matches!(expect, Expect::Query(events) | Expect::Execute(events) if renames(events))
+}
+
+/// The text with our names for the client's, if it has any.
+fn translate(text: &[u8], uses: &[Use], events: &Events) -> Option<Vec<u8>> {
+    let events = events.as_ref()?;
+    events.iter().any(|event| event.shared.is_some()).then(|| {
+        let ours = events.iter().map(|event| event.shared.as_ref().map(|statement| &*statement.name));
+        names::rename(text, uses, ours)
+    })
 }
 
 /// Whether a message uses the unnamed statement. What cannot be told yet may.
@@ -1526,7 +1679,7 @@ fn uses_unnamed(header: Header, frame: &[u8]) -> bool {
 
 /// Whether a statement with this tag has to do with a name of a prepared statement.
 fn is_about_names(tag: &[u8]) -> bool {
-    matches!(tag, b"PREPARE" | b"DEALLOCATE")
+    matches!(tag, b"PREPARE" | b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL")
 }
 
 enum Resolved {

@@ -23,12 +23,16 @@ pub type Reason = usize;
 /// The one for `LISTEN`.
 pub const LISTEN: Reason = 3;
 
+/// The one for `SET ROLE` and `SET SESSION AUTHORIZATION`.
+const ROLE: Reason = 5;
 /// Reasons that the server is asked about: the first ones.
-const ASKED: usize = 5;
+const ASKED: usize = 6;
 /// The client asks for the state of sequences.
 pub const SEQUENCE: Reason = ASKED;
 /// The client has seeded `random()`.
 pub const SEED: Reason = ASKED + 1;
+/// The client has written down the process id of the session.
+pub const PROCESS: Reason = ASKED + 2;
 const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 
 /// What was found out about a server connection.
@@ -55,7 +59,8 @@ pub async fn settle(
 ) -> Result<Settled, ServerError> {
     // What takes away is of interest only where there is something.
     let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
-    if !residue.unknown && !freed && (!residue.resets || carried.is_empty()) {
+    let identity = residue.settings.iter().any(|name| matches!(&**name, "role" | "session_authorization"));
+    if !residue.unknown && !identity && !freed && (!residue.resets || carried.is_empty()) {
         let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
         if names.is_empty() {
             return Ok(Settled { carried: carried.clone(), pinned, listens: None });
@@ -80,7 +85,10 @@ pub async fn settle(
     };
     let row = rows.into_iter().next().unwrap_or_default();
     let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
-    let pinned = (0..ASKED).find(|at| *at != LISTEN && holds(*at));
+    let mut pinned = (0..ROLE).find(|at| *at != LISTEN && holds(*at));
+    if pinned.is_none() && is_somebody_else(conn, row.get(ROLE).and_then(Option::as_deref)).await? {
+        pinned = Some(ROLE);
+    }
     let malformed = |_| ServerError::Protocol("malformed answer");
     let channels = row.get(LISTEN).and_then(Option::as_deref).unwrap_or("[]");
     let listens: Channels = serde_json::from_str(channels).map_err(malformed)?;
@@ -104,18 +112,49 @@ const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype
       AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
 const HELD_LOCKS_SHIM: &str = "tenant_shim.pgusher_held_locks() OPERATOR(pg_catalog.>) 0";
 
-/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list),
-/// and the settings made in it.
-/// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path.
+/// Whether the session runs as another role than the one that it logged in with.
+async fn is_somebody_else(conn: &mut ServerConnection, role: Option<&str>) -> Result<bool, ServerError> {
+    if !conn.is_itself() {
+        return Ok(true);
+    }
+    if role == Some("none") {
+        return Ok(false);
+    }
+    // `ALTER ROLE … SET role` gives the login another one to begin with.
+    match conn.rows(&[DEFAULT_ROLE]).await {
+        Ok(rows) => {
+            let row = rows.into_iter().next().unwrap_or_default();
+            Ok(row.first().and_then(Option::as_deref) != role)
+        }
+        Err(ServerError::Server(_)) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+/// The role that a login is given by the catalog; the most special entry counts.
+const DEFAULT_ROLE: &str = "SELECT pg_catalog.substr(entry, 6) FROM pg_catalog.pg_db_role_setting, \
+    pg_catalog.unnest(setconfig) AS entry WHERE pg_catalog.starts_with(entry, 'role=') \
+      AND setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0::pg_catalog.oid, \
+        (SELECT oid FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) SESSION_USER)]) \
+      AND setdatabase OPERATOR(pg_catalog.=) ANY (ARRAY[0::pg_catalog.oid, \
+        (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())]) \
+    ORDER BY setrole OPERATOR(pg_catalog.<>) 0::pg_catalog.oid DESC, \
+      setdatabase OPERATOR(pg_catalog.<>) 0::pg_catalog.oid DESC LIMIT 1";
+
+/// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list, the
+/// role by name), and the settings made in it.
+/// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path. What is in
+/// a schema depends on it, whatever it is (2615 is `pg_namespace`).
 const PROBE: &str = "SELECT \
-    EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-      OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-      OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
+    pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0 AND \
+      EXISTS (SELECT FROM pg_catalog.pg_depend WHERE refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
+      AND refclassid OPERATOR(pg_catalog.=) 2615::pg_catalog.oid), \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \
     EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
       AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
+    pg_catalog.current_setting('role'), \
     (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), pg_catalog.current_setting(name)) FROM pg_catalog.pg_settings \
        WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \

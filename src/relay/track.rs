@@ -24,6 +24,23 @@ pub fn look(sql: &[u8], lex: Lex) -> Residue {
     residue
 }
 
+/// Whether a statement that has the session's process id in it writes into a table.
+pub fn stores(sql: &[u8], lex: Lex) -> bool {
+    let writes = |tokens: &[Token]| {
+        tokens.iter().enumerate().any(|(at, token)| match token {
+            Token::Word(word) => match word.as_str() {
+                "insert" | "into" | "merge" => true,
+                // FOR UPDATE, FOR NO KEY UPDATE
+                "update" => at.checked_sub(1).is_none_or(|at| !(tokens[at].is("for") || tokens[at].is("key"))),
+                "as" => tokens.first().is_some_and(|first| first.is("create")),
+                _ => false,
+            },
+            _ => false,
+        })
+    };
+    lex::tokens(sql, lex).split(|token| *token == Token::Sign(b';')).any(writes)
+}
+
 fn mentions(sql: &[u8], word: &[u8]) -> bool {
     sql.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
 }
@@ -202,6 +219,27 @@ mod tests {
         assert!(
             look(b"select currval('a')", Lex::default()).asks && look(b"select my(LastVal())", Lex::default()).asks
         );
+    }
+
+    #[test]
+    fn what_writes_is_told_from_what_locks() {
+        for sql in [
+            "INSERT INTO locks SELECT pg_backend_pid()",
+            "begin; update jobs set locked_by = pg_backend_pid() where id = 1",
+            "WITH x AS (SELECT 1) UPDATE jobs SET locked_by = (SELECT pg_backend_pid())",
+            "CREATE TABLE a AS SELECT pg_backend_pid()",
+            "SELECT pg_backend_pid() INTO a",
+        ] {
+            assert!(stores(sql.as_bytes(), Lex::default()), "{sql}");
+        }
+        for sql in [
+            "SELECT pg_backend_pid()",
+            "SELECT id FROM jobs WHERE pid <> pg_backend_pid() FOR UPDATE",
+            "SELECT 'insert' AS a, pg_backend_pid() FROM t FOR NO KEY UPDATE",
+            "DELETE FROM locks WHERE pid = pg_backend_pid()",
+        ] {
+            assert!(!stores(sql.as_bytes(), Lex::default()), "{sql}");
+        }
     }
 
     #[test]

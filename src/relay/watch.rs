@@ -6,18 +6,21 @@
 
 use std::cell::{Cell, RefCell};
 
+use super::stand_in::Named;
 use super::*;
 use crate::pool::recent::Recent;
 use crate::wire::frame::cstr;
 
 /// What is remembered of a client's statements until the server has answered.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Memory {
     /// The guard has counted the last text and let it through: what the server says to it is not counted again.
     observed: Cell<bool>,
     /// A text that named another tenant and may have changed the session's state: its fingerprint, and for how many
     /// more answers it explains a refusal.
-    named: RefCell<Option<(Box<str>, u8)>>,
+    told: RefCell<Option<(Box<str>, u8)>>,
+    /// Clients that were named by process ids.
+    pub(super) named: Named,
 }
 
 /// For how many answers.
@@ -27,7 +30,7 @@ impl Memory {
     /// An answer is complete.
     #[inline]
     pub(super) fn answered(&self) {
-        let mut named = self.named.borrow_mut();
+        let mut named = self.told.borrow_mut();
         if let Some((_, left)) = &mut *named {
             *left -= 1;
             if *left == 0 {
@@ -89,15 +92,23 @@ impl Ward for Guard<'_> {
 
     fn remember(&self, text: &[u8], lex: Lex) {
         if scan::begins_with(text, b"reset") || scan::begins_with(text, b"discard") {
-            *self.memory.named.borrow_mut() = None;
+            *self.memory.told.borrow_mut() = None;
             return;
         }
         let is_tenant = |name: &str| is_other_tenant(self.worker, self.client, name);
         // The cheap look first: this is asked of every SET.
         let shares = Neighbours::of(self.client.tenant.plan) != Neighbours::None;
         if shares && mention::in_bytes(text, &is_tenant) && mention::in_sql(text, lex, &is_tenant) {
-            *self.memory.named.borrow_mut() = Some((guard::fingerprint(text, lex).into(), REMEMBERED));
+            *self.memory.told.borrow_mut() = Some((guard::fingerprint(text, lex).into(), REMEMBERED));
         }
+    }
+
+    fn process(&self, pid: u32, signalled: bool) -> Option<u32> {
+        self.find_process(pid, signalled)
+    }
+
+    fn is_missing(&self) -> bool {
+        self.memory.named.is_missing()
     }
 
     fn function_call_refused(&self) {
@@ -127,9 +138,9 @@ impl Refused<'_> {
         }
         let is_tenant = |name: &str| is_other_tenant(worker, client, name);
         let said_so = violation::is_denial(&error, neighbours == Neighbours::Rows, is_tenant);
-        let earlier = memory.named.borrow().as_ref().map(|(fingerprint, _)| fingerprint.to_string());
+        let earlier = memory.told.borrow().as_ref().map(|(fingerprint, _)| fingerprint.to_string());
         if said_so || self.names_another(&is_tenant) || earlier.is_some() {
-            *memory.named.borrow_mut() = None;
+            *memory.told.borrow_mut() = None;
             // The message is the server's about names, without values.
             let attempt = attempt(client, Kind::PermissionDenied, Action::Blocked).what(error.message);
             worker.metrics.report(match self.fingerprint().or(earlier) {

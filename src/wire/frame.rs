@@ -37,8 +37,14 @@ pub fn header(bytes: &[u8]) -> Result<Option<Header>, InvalidLength> {
 /// The text up to the first NUL and what comes after it.
 #[inline]
 pub fn cstr(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = bytes.iter().position(|&b| b == 0)?;
+    let end = memchr::memchr(0, bytes)?;
     Some((&bytes[..end], &bytes[end + 1..]))
+}
+
+/// The text up to the first NUL, or all of it.
+#[inline]
+pub fn until_nul(bytes: &[u8]) -> &[u8] {
+    memchr::memchr(0, bytes).map_or(bytes, |end| &bytes[..end])
 }
 
 #[cfg(test)]

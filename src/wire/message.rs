@@ -90,7 +90,7 @@ impl<'a> Cursor<'a> {
     /// # Errors
     /// [`Malformed::String`] if no terminator follows.
     pub fn cstr(&mut self) -> Result<&'a [u8], Malformed> {
-        let end = self.rest.iter().position(|&b| b == 0).ok_or(Malformed::String)?;
+        let end = memchr::memchr(0, self.rest).ok_or(Malformed::String)?;
         let text = &self.rest[..end];
         self.rest = &self.rest[end + 1..];
         Ok(text)
@@ -502,6 +502,11 @@ pub fn execute(buf: &mut BytesMut, portal: &[u8]) {
 /// Sync
 pub fn sync(buf: &mut BytesMut) {
     put_message(buf, frontend::SYNC, |_| {});
+}
+
+/// Flush
+pub fn flush(buf: &mut BytesMut) {
+    put_message(buf, frontend::FLUSH, |_| {});
 }
 
 /// Parse. `types` is the rest of the body as the client sent it: the count and the OIDs.

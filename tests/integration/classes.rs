@@ -348,6 +348,39 @@ async fn class_12_a_session_keeps_what_it_made_and_others_do_not_see_it() {
     }
 }
 
+/// Whatever is in `pg_temp` keeps the connection, and nothing else does.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_12_every_kind_of_temporary_object_is_kept() {
+    let world = world().await;
+    let mut one = world.raw("client_001").await;
+    let mut two = world.raw("client_001").await;
+    let pinned = "pgusher_pinned_clients{reason=\"temp\"}";
+    one.query("CREATE TABLE kept (a int, b int)").await;
+    for (made, taken) in [
+        ("CREATE TEMP TABLE x (a int)", "DROP TABLE x"),
+        ("CREATE TEMP VIEW x AS SELECT 1 AS a", "DROP VIEW x"),
+        ("CREATE TEMP SEQUENCE x", "DROP SEQUENCE x"),
+        ("CREATE FUNCTION pg_temp.x() RETURNS int LANGUAGE sql AS 'SELECT 1'", "DROP FUNCTION pg_temp.x()"),
+        ("CREATE TYPE pg_temp.x AS ENUM ('a')", "DROP TYPE x"),
+        ("CREATE DOMAIN pg_temp.x AS int", "DROP DOMAIN x"),
+        ("CREATE STATISTICS pg_temp.x ON a, b FROM kept", "DROP STATISTICS pg_temp.x"),
+        ("CREATE COLLATION pg_temp.x FROM \"C\"", "DROP COLLATION pg_temp.x"),
+        (
+            "CREATE OPERATOR pg_temp.=== (leftarg = int, rightarg = int, function = int4eq)",
+            "DROP OPERATOR pg_temp.=== (int, int)",
+        ),
+        ("CREATE TEXT SEARCH CONFIGURATION pg_temp.x (COPY = simple)", "DROP TEXT SEARCH CONFIGURATION pg_temp.x"),
+    ] {
+        let said = show(&one.query(made).await);
+        assert!(said.starts_with("C("), "{made}: {said}");
+        world.metric_until(pinned, 1.0).await;
+        assert_eq!(two.value("SELECT 1").await, "1");
+        let said = show(&one.query(taken).await);
+        assert!(said.starts_with("C("), "{taken}: {said}");
+        world.metric_until(pinned, 0.0).await;
+    }
+}
+
 /// Who asks for the state of sequences gets its own, and keeps its server connection for that.
 #[tokio::test(flavor = "multi_thread")]
 async fn class_12_sequences_say_what_this_session_did() {

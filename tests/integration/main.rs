@@ -11,6 +11,7 @@ mod postgres;
 mod raw;
 mod world;
 
+mod addressed;
 mod bad_input;
 mod cancel;
 mod classes;
@@ -20,6 +21,7 @@ mod drain;
 mod failures;
 mod interleaved;
 mod notify;
+mod own_server;
 mod pooling;
 mod provisioning;
 mod startup;

@@ -436,7 +436,7 @@ async fn a_client_lost_in_the_middle_leaves_no_connection_behind() {
                 _ => {
                     // The server has seen the beginning of it.
                     let sql = format!("INSERT INTO bookings (note) VALUES ('lost') --{}", "x".repeat(100_000));
-                    let mut batch = crate::raw::Batch::default();
+                    let mut batch = Batch::default();
                     batch.query(&sql);
                     client.send(&batch.0[..60_000]).await;
                     world.metric_until("pgusher_clients{state=\"active\"}", 1.0).await;

@@ -234,6 +234,106 @@ async fn a_changed_table_is_healed_by_preparing_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_same_text_is_another_statement_where_literals_are_read_otherwise() {
+    let world = World::start(|config| config.pool.default_pool_size = 2).await;
+    let (mut tokyo, mut utc) = (world.raw("client_001").await, world.raw("client_001").await);
+    tokyo.query("SET TimeZone = 'Asia/Tokyo'").await;
+    utc.query("SET TimeZone = 'UTC'").await;
+    let sql = "SELECT '2026-01-02 03:04'::timestamptz AT TIME ZONE 'UTC'";
+    let (eastern, own) = ("2 D(2026-01-01 18:04:00) C(SELECT 1) Z(I)", "2 D(2026-01-02 03:04:00) C(SELECT 1) Z(I)");
+    for (client, expected) in [(&mut tokyo, eastern), (&mut utc, own)] {
+        assert_eq!(prepare(client, "s", sql).await, "1 Z(I)");
+        assert_eq!(run(client, "s", &[]).await, expected);
+    }
+    // It was read when it was prepared, and is what it was, elsewhere too.
+    tokyo.query("SET TimeZone = 'UTC'").await;
+    for _ in 0..2 {
+        assert_eq!(run(&mut tokyo, "s", &[]).await, eastern);
+        let mut occupant = occupant(&world).await;
+        assert_eq!(run(&mut tokyo, "s", &[]).await, eastern);
+        let expected = "D(2026-01-01 18:04:00) C(SELECT 1) D(UTC) C(SHOW) Z(I)";
+        assert_eq!(show(&tokyo.query("EXECUTE s; SHOW TimeZone").await), expected);
+        occupant.query("COMMIT").await;
+        occupant.terminate().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_prepared_here_is_missing_nowhere() {
+    let world = World::start(|config| config.pool.default_pool_size = 2).await;
+    let mut client = world.raw("client_001").await;
+    assert_eq!(prepare(&mut client, "s", "SELECT v FROM things WHERE k = $1").await, "1 Z(I)");
+    assert_eq!(prepare(&mut client, "d", "DELETE FROM things").await, "1 n Z(I)");
+    client.query("SET search_path = ''").await;
+    // On the connection where it was prepared, and where it was not.
+    for _ in 0..2 {
+        let mut occupant = occupant(&world).await;
+        assert_eq!(run(&mut client, "s", &[]).await, "E(08P01) Z(I)");
+        assert_eq!(run(&mut client, "s", &["1"]).await, "E(42P01) Z(I)");
+        assert_eq!(show(&client.query("EXECUTE s (1)").await), "E(42P01) Z(I)");
+        assert_eq!(show(&client.query("EXECUTE s").await), "E(42601) Z(I)");
+        client
+            .compose(|b| {
+                b.describe(b'S', "d");
+                b.sync();
+            })
+            .await;
+        assert_eq!(client.until_ready().await.iter().map(|m| char::from(m.tag)).collect::<String>(), "tnZ");
+        // In a transaction its search_path is the client's own before and after.
+        let text = "BEGIN; SET LOCAL search_path = pg_catalog";
+        assert_eq!(show(&client.query(text).await), "C(BEGIN) C(SET) Z(T)");
+        client
+            .compose(|b| {
+                b.describe(b'S', "s");
+                b.sync();
+            })
+            .await;
+        assert_eq!(client.until_ready().await.iter().map(|m| char::from(m.tag)).collect::<String>(), "tEZ");
+        client.query("ROLLBACK").await;
+        assert_eq!(client.value("SHOW search_path").await, "\"\"");
+        occupant.query("COMMIT").await;
+        occupant.terminate().await;
+    }
+    assert_eq!(show(&client.query("DEALLOCATE s; DEALLOCATE d").await), "C(DEALLOCATE) C(DEALLOCATE) Z(I)");
+    assert_eq!(run(&mut client, "s", &["1"]).await, "E(26000) Z(I)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_free_behind_a_discard_in_the_same_pipeline() {
+    let world = World::start(|config| config.pool.default_pool_size = 2).await;
+    let mut client = world.raw("client_001").await;
+    for end in ["DISCARD ALL", "DEALLOCATE ALL", "DEALLOCATE s"] {
+        prepare(&mut client, "s", "SELECT 1").await;
+        let mut occupant = occupant(&world).await;
+        client
+            .compose(|b| {
+                b.parse("", end);
+                b.bind("", "", &[]);
+                b.execute("");
+                b.parse("s", "SELECT 2");
+                b.bind("", "s", &[]);
+                b.execute("");
+                b.close(b'S', "s");
+                b.sync();
+            })
+            .await;
+        let tag = if end.ends_with('s') { "DEALLOCATE" } else { end };
+        let expected = format!("1 2 C({tag}) 1 2 D(2) C(SELECT 1) 3 Z(I)");
+        assert_eq!(show(&client.until_ready().await), expected);
+        // In one message, too.
+        prepare(&mut client, "s", "SELECT 1").await;
+        if !end.starts_with("DISCARD") {
+            let text = format!("{end}; PREPARE s AS SELECT 3; EXECUTE s; DEALLOCATE s");
+            let expected = format!("C({tag}) C(PREPARE) D(3) C(SELECT 1) C(DEALLOCATE) Z(I)");
+            assert_eq!(show(&client.query(&text).await), expected);
+        }
+        client.query("DEALLOCATE ALL").await;
+        occupant.query("COMMIT").await;
+        occupant.terminate().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn session_mode_passes_names_on() {
     let world = World::start(|config| {
         config.pool.pool_mode = PoolMode::Session;

@@ -52,9 +52,10 @@ pub(crate) enum Op {
 
 impl fmt::Debug for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let short = |sql: &str| sql.replace(DIGEST, "DIGEST").replace(HELD, "HELD");
         match self {
-            Self::Query(sql) => write!(f, "Q[{sql}]"),
-            Self::Parse(name, sql) => write!(f, "P({name})[{sql}]"),
+            Self::Query(sql) => write!(f, "Q[{}]", short(sql)),
+            Self::Parse(name, sql) => write!(f, "P({name})[{}]", short(sql)),
             Self::Bind(name, values) => write!(f, "B({name}){values:?}"),
             Self::DescribeStatement(name) => write!(f, "DS({name})"),
             Self::DescribePortal => write!(f, "DP"),
@@ -78,20 +79,34 @@ pub(crate) struct Step {
     pub(crate) statements: usize,
     /// It may pin the client.
     pub(crate) pins: bool,
+    /// The client leaves after that, and comes back.
+    pub(crate) leaves: bool,
 }
 
 impl Step {
     /// Whoever asks for the state of sequences later asks once before it has any.
-    pub(crate) fn first_ask(client: usize) -> Self {
-        Self { client, ops: vec![Op::Query("SELECT lastval()".to_owned())], statements: 1, pins: true }
+    fn first_ask(client: usize) -> Self {
+        Self { client, ops: vec![Op::Query("SELECT lastval()".to_owned())], statements: 1, pins: true, leaves: false }
+    }
+
+    /// It leaves nothing behind that others could notice: when that is gone is not the same direct and through a pooler.
+    fn leave(client: usize) -> Self {
+        let ops = ["ROLLBACK", "DISCARD ALL"].map(|sql| Op::Query(sql.to_owned())).to_vec();
+        Self { client, ops, statements: 2, pins: false, leaves: true }
     }
 }
 
 /// What the script has to know of a client to keep the others from waiting for a server connection.
 #[derive(Clone, Default)]
 pub(crate) struct Known {
+    /// It has said something.
+    pub(crate) met: bool,
     /// It is in a transaction.
     pub(crate) in_transaction: bool,
+    /// It is in a transaction that has failed.
+    pub(crate) failed: bool,
+    /// It is in a transaction that has changed what texts mean.
+    pub(crate) moved: bool,
     /// It may hold what cannot be carried.
     pub(crate) may_be_pinned: bool,
     /// It has asked for the state of sequences before. The first time is another story: see the README.
@@ -156,6 +171,19 @@ const HELD: &str = "SELECT coalesce(pg_catalog.current_setting('app.user', true)
     (SELECT string_agg(name, ',' ORDER BY name) FROM pg_catalog.pg_cursors WHERE is_holdable) AS c, \
     (SELECT string_agg(name, ',' ORDER BY name) FROM pg_catalog.pg_prepared_statements WHERE from_sql) AS p";
 
+/// Whether a step may change what later texts mean: by `search_path`, `TimeZone` and the like, or all of them.
+pub(crate) fn moves(text: &str) -> bool {
+    let text = text.to_lowercase();
+    let settings =
+        ["search_path", "schema", "time", "date", "interval", "encoding", "names", "strings", "nulls", " all"];
+    let sets = ["set ", "set_config", "f_set"].iter().any(|word| text.contains(word));
+    sets && settings.iter().any(|name| text.contains(name))
+}
+
+/// What settings make of literals. Not prepared under a name: whenever a server pleases, it reads the text again.
+const READ_BY_SETTINGS: &str =
+    "SELECT '02/03/2026 4:05'::timestamptz, '1 day -2 hours'::interval, '-1 2:03:04'::interval, '{NULL}'::text[]";
+
 /// Says what clients say next.
 pub(crate) struct Script {
     pub(crate) dice: Dice,
@@ -163,6 +191,10 @@ pub(crate) struct Script {
     pub(crate) holders: usize,
     /// The client at hand may ask for the state of sequences.
     pub(crate) asks: bool,
+    /// It is in a transaction that has failed.
+    pub(crate) failed: bool,
+    /// It is in a transaction that has changed what texts mean.
+    pub(crate) moved: bool,
     /// The step at hand may pin.
     pub(crate) pins: bool,
 }
@@ -171,10 +203,17 @@ impl Script {
     /// The next step, given what is known of the clients.
     pub(crate) fn step(&mut self, clients: &[Known]) -> Step {
         let client = self.dice.below(clients.len());
-        self.asks = clients[client].asks;
+        let known = &clients[client];
+        (self.asks, self.failed, self.moved) = (known.asks, known.failed, known.moved);
         let held = clients.iter().filter(|known| known.holds()).count();
-        let free = clients[client].holds() || held < self.holders;
-        let mut step = Step { client, ops: Vec::new(), statements: 0, pins: false };
+        let free = known.holds() || held < self.holders;
+        if known.met && self.dice.one_in(if known.asks || known.seeded { 15 } else { 90 }) {
+            return Step::leave(client);
+        }
+        if !known.met && free && self.dice.one_in(5) {
+            return Step::first_ask(client);
+        }
+        let mut step = Step { client, ops: Vec::new(), statements: 0, pins: false, leaves: false };
         self.pins = false;
         match self.dice.below(20) {
             0..8 => self.simple(&mut step, free, 1),
@@ -183,7 +222,8 @@ impl Script {
                 self.simple(&mut step, free, statements);
             }
             10..13 => self.unnamed(&mut step, free),
-            13..15 => self.prepared(&mut step, free),
+            13..15 if !self.moved => self.prepared(&mut step, free),
+            13..15 => self.unnamed(&mut step, free),
             15 => self.named(&mut step),
             16 => self.apart(&mut step, free),
             17 => self.pipeline(&mut step, free),
@@ -195,7 +235,12 @@ impl Script {
     }
 
     fn simple(&mut self, step: &mut Step, free: bool, statements: usize) {
-        let texts: Vec<String> = (0..statements).map(|_| self.statement(step.client, free)).collect();
+        let mut texts: Vec<String> = (0..statements).map(|_| self.statement(step.client, free)).collect();
+        if self.failed {
+            // Behind its end, in the same message, a server runs what it had prepared before.
+            let mut behind = false;
+            texts.retain(|text| !(std::mem::replace(&mut behind, true) && text.starts_with("EXECUTE")));
+        }
         let separator = self.dice.pick(&["; ", ";", " ;\n-- and\n"]);
         let mut text = texts.join(separator);
         if self.dice.one_in(4) {
@@ -263,7 +308,8 @@ impl Script {
     fn pipeline(&mut self, step: &mut Step, free: bool) {
         for _ in 0..2 + self.dice.below(3) {
             let (sql, values) = self.nameable(step.client, free);
-            let name = if self.dice.one_in(3) { self.dice.pick(NAMES) } else { "" };
+            let name = if self.dice.one_in(3) && !self.moved { self.dice.pick(NAMES) } else { "" };
+            self.moved |= moves(&format!("{sql} {values:?}"));
             step.ops.extend([Op::Parse(name, sql), Op::Bind(name, values), Op::Execute]);
             if self.dice.one_in(6) {
                 step.ops.push(Op::CloseStatement(name));
@@ -342,7 +388,8 @@ impl Script {
     fn nameable(&mut self, client: usize, free: bool) -> (String, Vec<String>) {
         loop {
             let (sql, values) = self.parametrised(client, free);
-            if !["EXECUTE", "DEALLOCATE", "deallocate"].iter().any(|verb| sql.starts_with(verb)) {
+            let unfit = ["EXECUTE", "DEALLOCATE", "deallocate", READ_BY_SETTINGS];
+            if !unfit.iter().any(|verb| sql.starts_with(verb)) {
                 return (sql, values);
             }
         }
@@ -403,8 +450,10 @@ impl Script {
         match self.dice.below(6) {
             0 if !name.contains('.') => format!("SHOW {name}"),
             1 if !name.contains('.') => format!("SELECT current_setting('{name}')"),
-            2 => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '1 day 2 hours'::interval, 1.1::float8, '\\x41'::bytea"
+            2 if self.dice.one_in(2) => "SELECT '2026-01-02 03:04:05+00'::timestamptz, '1 day 2 hours'::interval, \
+                1.1::float8, '\\x41'::bytea, length('\u{e4}')"
                 .to_owned(),
+            2 => READ_BY_SETTINGS.to_owned(),
             3 => HELD.to_owned(),
             _ => DIGEST.to_owned(),
         }

@@ -147,7 +147,9 @@ impl Pg {
     /// Everything that a client could find out about the session.
     fn view(&self) -> String {
         let changed = |settings: &BTreeMap<String, String>| -> Vec<String> {
-            let differs = |(name, value): &(&String, &String)| default(name) != value.as_str();
+            // Where pgusher keeps what it changes for a moment is nothing that anybody looks for.
+            let differs =
+                |(name, value): &(&String, &String)| !name.starts_with("pgusher.") && default(name) != value.as_str();
             settings.iter().filter(differs).map(|(name, value)| format!("{name}={value}")).collect()
         };
         let by_sql = self.prepared.iter().filter(|(_, s)| s.by_sql).map(|(name, s)| (name, &s.text));
@@ -306,12 +308,22 @@ impl Pg {
     fn bind(&mut self, body: &[u8]) -> Result<(), PgError> {
         let mut cursor = Cursor::new(body);
         cursor.cstr().unwrap();
-        let mut text = self.text_of(cursor.cstr().unwrap())?;
-        self.check_failed(&text)?;
+        let name = cursor.cstr().unwrap();
+        let mut text = self.text_of(name)?;
         for _ in 0..cursor.i16().unwrap() {
             cursor.i16().unwrap();
         }
-        for at in 0..cursor.i16().unwrap() {
+        let given = cursor.i16().unwrap();
+        let wanted = (1..9).rev().find(|at| text.contains(&format!("${at}"))).unwrap_or(0);
+        if given != wanted {
+            let name = std::str::from_utf8(name).unwrap();
+            let text = format!(
+                "bind message supplies {given} parameters, but prepared statement \"{name}\" requires {wanted}"
+            );
+            return Err(error("08P01", text));
+        }
+        self.check_failed(&text)?;
+        for at in 0..given {
             let length = cursor.i32().unwrap();
             let value = std::str::from_utf8(cursor.bytes(length.try_into().unwrap()).unwrap()).unwrap();
             text = text.replace(&format!("${}", at + 1), &format!("'{value}'"));
@@ -385,8 +397,8 @@ impl Pg {
         if sql.starts_with("refused") {
             return Err(error("42601", "syntax error"));
         }
-        // That is never a client's.
-        if sql != "DISCARD SEQUENCES" {
+        // These are never a client's.
+        if sql != "DISCARD SEQUENCES" && !sql.starts_with("SELECT WHERE ") {
             message::notice_response(out, "NOTICE", &error("00000", self.view()));
         }
         self.check_failed(sql)?;
@@ -556,8 +568,11 @@ impl Pg {
     }
 
     fn select(&mut self, sql: &str, words: &[&str]) -> Done {
-        if sql.starts_with("SELECT EXISTS (SELECT FROM pg_catalog.pg_class") {
+        if sql.contains("pg_catalog.pg_cursors WHERE is_holdable") {
             return self.probe(sql);
+        }
+        if let Some(moves) = sql.strip_prefix("SELECT WHERE ") {
+            return self.change_scope(moves);
         }
         let one = |row: Vec<Option<String>>| Ok((Some(row), "SELECT 1".to_owned()));
         if sql.contains("current_setting(") {
@@ -594,6 +609,26 @@ impl Pg {
             ["SELECT", value] => row(value.trim_matches('\'')),
             other => panic!("the server got {other:?}"),
         }
+    }
+
+    /// What pgusher says before and after it prepares what was prepared under other settings.
+    fn change_scope(&mut self, moves: &str) -> Done {
+        for call in moves.trim_end_matches(" IS NULL").split(" IS NULL OR ") {
+            let quoted: Vec<&str> = call.split('\'').collect();
+            let (name, from) = (quoted[1].to_ascii_lowercase(), quoted[3]);
+            let value = match quoted[2] {
+                ", pg_catalog.current_setting(" => self.state.shown.get(&from.to_ascii_lowercase()).cloned(),
+                ", (SELECT reset_val FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) " => None,
+                ", " => Some(from.to_owned()),
+                other => panic!("the server got {other} in {moves}"),
+            };
+            // The transaction's alone, and unknown to whoever lists settings.
+            match value {
+                Some(value) => drop(self.state.shown.insert(name, value)),
+                None => drop(self.state.shown.remove(&name)),
+            }
+        }
+        Ok((None, "SELECT 0".to_owned()))
     }
 
     /// What pgusher asks.

@@ -53,7 +53,7 @@ impl Both {
         self.session.flush_ours(&mut answers);
         let sent = match verdict {
             Verdict::Forward => frame,
-            Verdict::Swallow => Vec::new(),
+            Verdict::Swallow | Verdict::Later => Vec::new(),
             Verdict::Replace | Verdict::Instead => out.to_vec(),
         };
         (tags(&sent), tags(&answers))
@@ -66,7 +66,7 @@ impl Both {
         let mut out = BytesMut::new();
         let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
             Verdict::Forward => frame,
-            Verdict::Swallow => Vec::new(),
+            Verdict::Swallow | Verdict::Later => Vec::new(),
             Verdict::Replace | Verdict::Instead => out.to_vec(),
         };
         let mut answers = BytesMut::new();
@@ -279,32 +279,125 @@ fn after_an_error_nobody_knows_which_settings_were_made() {
 }
 
 #[test]
-fn a_pipeline_that_may_take_statements_away_prepares_them_again() {
+fn what_follows_in_a_pipeline_waits_until_names_mean_what_they_then_mean() {
     let mut both = Both::new(PoolMode::Auto);
     both.client(b'P', b"a\0SELECT 1\0\0\0");
     both.client(b'S', b"");
     both.servers(&[(b'1', b""), READY]);
+    // Elsewhere, where it has not been prepared.
+    both.prepared = Prepared::default();
     both.client(b'P', b"\0DISCARD ALL\0\0\0");
     both.client(b'B', b"\0\0\0\0\0\0\0\0");
+    let frame = message(b'P', b"a\0SELECT 2\0\0\0");
+    let next = frame::header(&frame).unwrap().unwrap();
+    assert!(!both.session.must_wait(next, &frame));
+    // A Flush makes the server answer.
+    assert_eq!(both.client(b'E', b"\0\0\0\0\0").0, "EH");
+    assert!(both.session.must_wait(next, &frame));
+    assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"DISCARD ALL\0")]), "12C");
+    assert!(!both.session.must_wait(next, &frame) && both.session.named.values().next().is_none());
+    assert_eq!(both.client(b'P', b"a\0SELECT 2\0\0\0").0, "P");
+    both.client(b'S', b"");
+    assert_eq!(both.servers(&[(b'1', b""), READY]), "1Z");
+    // An error ends the wait as well.
+    both.client(b'P', b"\0DEALLOCATE a\0\0\0");
+    both.client(b'B', b"\0\0\0\0\0\0\0\0");
     both.client(b'E', b"\0\0\0\0\0");
-    // Known, but perhaps not any more by then.
-    assert_eq!(both.client(b'P', b"b\0SELECT 1\0\0\0").0, "CP");
-    assert_eq!(both.client(b'B', b"\0b\0\0\0\0\0\0\0").0, "B");
+    assert_eq!(both.servers(&[(b'1', b""), (b'2', b""), ERROR]), "12E");
+    assert!(!both.session.must_wait(next, &frame) && both.session.named.contains_key(&b"a"[..]));
+}
+
+#[test]
+fn what_is_said_of_a_text_is_said_each_time_the_client_prepares_it() {
+    let mut both = Both::new(PoolMode::Auto);
+    let notice = (b'N', &b"SWARNING\0C22P06\0Mno\0\0"[..]);
+    both.client(b'P', b"a\0SELECT '\\'\0\0\0");
     both.client(b'S', b"");
-    let discarded =
-        [(b'1', &b""[..]), (b'2', b""), (b'C', b"DISCARD ALL\0"), (b'3', b""), (b'1', b""), (b'2', b""), READY];
-    assert_eq!(both.servers(&discarded), "12C12Z");
-    assert_eq!(both.prepared.len(), 1);
-    // Answered: what is there stays.
-    assert_eq!(both.client(b'P', b"c\0SELECT 1\0\0\0").0, "");
+    assert_eq!(both.servers(&[notice, (b'1', b""), READY]), "N1Z");
+    assert_eq!(both.client(b'P', b"b\0SELECT '\\'\0\0\0").0, "CP", "not answered by ourselves");
     both.client(b'S', b"");
-    assert_eq!(both.servers(&[READY]), "Z");
-    // The Close of ours was skipped: the name is closed before it is used again.
-    both.client(b'P', b"\0DISCARD ALL\0\0\0");
-    both.client(b'P', b"d\0SELECT 1\0\0\0");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), READY]), "N1Z");
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB");
+    assert_eq!(both.servers(&[notice, (b'1', b""), (b'2', b"")]), "2");
     both.client(b'S', b"");
-    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
-    assert_eq!(both.client(b'B', b"\0c\0\0\0\0\0\0\0").0, "CPB");
+    both.servers(&[READY]);
+    // And if the name is taken, which is found out later.
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'P', b"a\0SELECT '\\'\0\0\0").0, "CPP");
+    assert_eq!(both.servers(&[(b'3', b""), notice, (b'1', b""), ERROR]), "NE");
+}
+
+#[test]
+fn a_name_that_only_has_to_be_there_is_given_to_anything() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'Q', b"DEALLOCATE a; PREPARE a AS SELECT 1\0").0, "PSQ");
+    let (deallocated, prepared) = ((b'C', &b"DEALLOCATE\0"[..]), (b'C', &b"PREPARE\0"[..]));
+    assert_eq!(both.servers(&[(b'1', b""), READY, deallocated, prepared, READY]), "CCZ");
+    // The second one is SQL's own.
+    assert!(both.session.named.values().next().is_none() && both.session.by_sql.contains(&b"a"[..]));
+    assert_eq!(both.client(b'Q', b"EXECUTE a\0").0, "Q");
+}
+
+#[test]
+fn a_statement_is_parsed_again_where_it_was_parsed() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.session.set_scope("search_path\0\0".to_owned(), &both.registry);
+    both.client(b'P', b"a\0SELECT * FROM t\0\0\0");
+    both.client(b'P', b"b\0COMMIT\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'1', b""), READY]);
+    both.prepared = Prepared::default();
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PB", "under the same search_path");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b'2', b""), READY]);
+    both.prepared = Prepared::default();
+    both.session.set_scope(String::new(), &both.registry);
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PBECCPPBECCSB", "there, and back");
+    both.client(b'S', b"");
+    let step = [(b'1', &b""[..]), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];
+    assert_eq!(both.servers(&step), "");
+    assert_eq!(both.servers(&[(b'1', b"")]), "");
+    assert_eq!(both.servers(&step), "");
+    assert_eq!(both.servers(&[READY, (b'2', b""), READY]), "2Z");
+    assert_eq!(both.client(b'B', b"\0b\0\0\0\0\0\0\0").0, "PB", "what has no names needs no search_path");
+    // A statement that cannot be prepared any more: the reason is told, not that it is not there.
+    both.servers(&[(b'1', b""), (b'2', b"")]);
+    both.client(b'S', b"");
+    both.servers(&[READY]);
+    both.prepared = Prepared::default();
+    both.client(b'B', b"\0a\0\0\0\0\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&step);
+    assert_eq!(both.servers(&[ERROR, READY]), "");
+    let mut out = BytesMut::new();
+    let absent = message(b'E', b"SERROR\0C26000\0Mprepared statement \"pgusher_0\" does not exist\0\0");
+    let header = frame::header(&absent).unwrap().unwrap();
+    both.session.on_server(header, &absent, &mut both.prepared, &mut out).unwrap();
+    assert!(out.windows(5).any(|text| text == b"42601"), "{out:?}");
+}
+
+#[test]
+fn too_few_values_are_found_before_a_statement_is_parsed_again() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"a\0SELECT $2::int, $1, '$3'\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), IN_TX]);
+    both.client(b'Q', b"SELECT 1/0\0");
+    both.servers(&[ERROR, (b'Z', b"E")]);
+    both.prepared = Prepared::default();
+    let bind = message(b'B', b"\0a\0\0\0\0\x01\xff\xff\xff\xff\0\0");
+    assert_eq!(both.client(b'B', &bind[HEADER..]).0, "P");
+    let mut out = BytesMut::new();
+    let error = message(ERROR.0, ERROR.1);
+    let header = frame::header(&error).unwrap().unwrap();
+    both.session.on_server(header, &error, &mut both.prepared, &mut out).unwrap();
+    let said = String::from_utf8_lossy(&out).into_owned();
+    assert!(said.contains("08P01") && said.contains("supplies 1 parameters, but prepared statement \"a\" requires 2"));
 }
 
 #[test]
@@ -343,4 +436,12 @@ fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
     both.client(b'Q', b"DISCARD ALL\0");
     both.servers(&[(b'C', b"DISCARD ALL\0"), READY]);
     assert_eq!(both.prepared.sequences_of, None);
+    // Also in the same Query, and if that fails in the end.
+    for last in [(b'C', &b"INSERT 0 1\0"[..]), ERROR] {
+        both.client(b'Q', b"DISCARD SEQUENCES; INSERT INTO t VALUES (1)\0");
+        both.servers(&[(b'C', b"DISCARD SEQUENCES\0")]);
+        assert_eq!(both.prepared.sequences_of, None);
+        both.servers(&[last, READY]);
+        assert_eq!(both.prepared.sequences_of.take(), Some(1));
+    }
 }

@@ -1,0 +1,201 @@
+//! Statements that a client has prepared, and that its present server connection has not.
+//!
+//! They are prepared again when they are used, and as they were: in the scope of then (`search_path` and the like), so that
+//! what the server says of them is what it says where they never went away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::BytesMut;
+
+use super::{Event, Events, Expect, Link, Session, Statements};
+use crate::error::{PgError, sqlstate};
+use crate::pool::scope;
+use crate::pool::statements::{Prepared, Statement};
+use crate::relay::lex::{self, Lex, Token};
+use crate::relay::names::Verb;
+use crate::tenant::sql::Literal;
+use crate::wire::message;
+
+/// The name of what goes to another scope and comes back.
+const SCOPE: &[u8] = b"pgusher_scope";
+
+impl Session {
+    /// Whether the scope may be another than is known, in this transaction.
+    pub(super) fn scope_in_doubt(&self) -> bool {
+        self.rescopes || self.residue.resets || self.residue.settings.iter().any(|name| scope::has(name))
+    }
+
+    /// Prepares what a Query needs, in a group of messages of ours; in the client's, if it has not ended one before.
+    pub(super) fn bring_to_query(&mut self, events: &Events, link: &mut Link<'_>, out: &mut BytesMut) {
+        let Statements::Shared(max) = self.statements else { return };
+        let (before, apart) = (self.expects.len(), !self.open_group);
+        self.bring_all(events, max, link, out);
+        if apart && self.expects.len() > before {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
+        }
+    }
+
+    /// Prepares what the unnamed statement names.
+    pub(super) fn bring_used(&mut self, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        if let Some(events @ Some(_)) = self.unnamed.as_ref().map(|unnamed| unnamed.events.clone()) {
+            self.note_used(&events);
+            self.bring_all(&events, max, link, out);
+        }
+    }
+
+    /// Prepares what these name. Where a name only has to be there, anything will do.
+    pub(super) fn bring_all(&mut self, events: &Events, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        let shared = |event: &Event| Some((event.verb, event.shared.clone()?));
+        let mut used: Vec<_> = events.iter().flat_map(|events| events.iter()).filter_map(shared).collect();
+        used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
+        // What has not been answered may end it.
+        let failed = self.status == b'E' && !self.expects.iter().any(super::ends_by_itself);
+        for (verb, statement) in used {
+            if verb == Verb::Execute {
+                // A transaction that has failed takes no statement, but an empty one.
+                if failed {
+                    continue;
+                }
+                self.bring_one(&statement, max, link, out);
+            } else if !link.prepared.touch(statement.id) && !link.prepared.is_squatted(statement.id) {
+                message::parse(out, &statement.name, b"", &[0, 0]);
+                link.prepared.squat(statement.id);
+                self.push_extended(Expect::InjectedEmpty(statement.id));
+            }
+        }
+    }
+
+    /// Prepares a statement for a message of the extended protocol, in a group of its own where that is needed and possible.
+    pub(super) fn bring_apart(
+        &mut self,
+        statement: &Arc<Statement>,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) {
+        let apart = !self.open_group && self.is_elsewhere(statement) && !link.prepared.touch(statement.id);
+        self.bring_one(statement, max, link, out);
+        if apart {
+            message::sync(out);
+            self.expects.push_back(Expect::InjectedSync);
+            self.open_group = false;
+        }
+    }
+
+    fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
+        if link.prepared.touch(statement.id) {
+            return;
+        }
+        self.make_room(statement, max, link, out);
+        let elsewhere = self.is_elsewhere(statement);
+        let moved = if elsewhere { self.moves(statement.scope()) } else { Vec::new() };
+        if elsewhere {
+            let there = moved.iter().flat_map(|(name, there)| {
+                let here = format!("pg_catalog.current_setting({})", Literal(name));
+                [set(&kept(name), &here), set(name, there)]
+            });
+            self.step(&select(there), out);
+        }
+        message::parse_with(out, &statement.name, &statement.body);
+        self.push_extended(Expect::Injected(statement.id));
+        if elsewhere {
+            let back = moved
+                .iter()
+                .map(|(name, _)| set(name, &format!("pg_catalog.current_setting({})", Literal(&kept(name)))));
+            self.step(&select(back), out);
+        }
+    }
+
+    /// The settings that have to be others for what was prepared in this scope, and their values as SQL.
+    fn moves(&self, scope: &str) -> Vec<(&'static str, String)> {
+        let doubt = self.scope_in_doubt();
+        let differs = |name: &&str| doubt || scope::value(scope, name) != scope::value(&self.scope, name);
+        let there = |name: &'static str| match scope::value(scope, name) {
+            Some(value) => (name, Literal(value).to_string()),
+            None => (name, began_with(name)),
+        };
+        scope::names().filter(differs).map(there).collect()
+    }
+
+    /// Whether the statement was prepared in another scope than the present one, as far as is known. In a transaction that
+    /// has failed nothing can be done about that.
+    fn is_elsewhere(&self, statement: &Statement) -> bool {
+        let known = statement.has_scope() && statement.accepted.load(Ordering::Relaxed);
+        known && self.status != b'E' && (statement.scope() != &*self.scope || self.scope_in_doubt())
+    }
+
+    /// Runs a statement of ours that returns no row, within the client's group of messages.
+    pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
+        message::parse(out, SCOPE, text.as_bytes(), &[0, 0]);
+        message::bind(out, SCOPE, SCOPE);
+        message::execute(out, SCOPE);
+        message::close(out, b'P', SCOPE);
+        message::close(out, b'S', SCOPE);
+        for answer in *b"12C33" {
+            self.push_extended(Expect::InjectedStep(answer));
+        }
+    }
+
+    /// What a server says first of a Bind with too few or too many values, for a statement that is not there.
+    pub(super) fn miscounted(&self, name: &[u8], values: &[u8], prepared: &mut Prepared) -> Option<PgError> {
+        let statement = self.named.get(name)?;
+        if !statement.names && prepared.touch(statement.id) {
+            return None;
+        }
+        let number = |at: usize| Some(usize::from(u16::from_be_bytes(values.get(at..at + 2)?.try_into().ok()?)));
+        let formats = number(0)?;
+        let given = number(2 + 2 * formats)?;
+        let wanted = parameters(statement);
+        let wrong = given != wanted && (formats <= 1 || formats == given);
+        wrong.then(|| {
+            let shown = String::from_utf8_lossy(name);
+            let text = format!(
+                "bind message supplies {given} parameters, but prepared statement \"{shown}\" requires {wanted}"
+            );
+            PgError::error(sqlstate::PROTOCOL_VIOLATION, text)
+        })
+    }
+
+    /// Notes why what a group of messages of ours was for could not be prepared.
+    pub(super) fn note_unprepared(&mut self, error: PgError) {
+        let id = self.expects.iter().find_map(|e| if let Expect::Injected(id) = e { Some(*id) } else { None });
+        self.unprepared = id.map(|id| Box::new((id, error)));
+    }
+
+    /// Why the statement is not there whose absence, by our name for it, the server has found.
+    pub(super) fn reason_for(&self, error: &PgError, ours: &str) -> Option<&PgError> {
+        let (id, reason) = &**self.unprepared.as_ref()?;
+        let absent = error.code == sqlstate::UNKNOWN_STATEMENT || error.code == sqlstate::IN_FAILED_TRANSACTION;
+        (absent && ours == format!("\"pgusher_{id}\"")).then_some(reason)
+    }
+}
+
+/// Where a setting is kept while it is another one.
+fn kept(name: &str) -> String {
+    format!("pgusher.{name}")
+}
+
+fn began_with(name: &str) -> String {
+    let name = Literal(name);
+    format!("(SELECT reset_val FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) {name})")
+}
+
+fn set(name: &str, value: &str) -> String {
+    format!("pg_catalog.set_config({}, {value}, true)", Literal(name))
+}
+
+/// A statement that calls these and returns no row: none of them is null.
+fn select(calls: impl Iterator<Item = String>) -> String {
+    format!("SELECT WHERE {} IS NULL", calls.collect::<Vec<_>>().join(" IS NULL OR "))
+}
+
+/// How many parameters a statement has: as many types as were given, and as the highest number in the text says.
+fn parameters(statement: &Statement) -> usize {
+    let text = statement.text();
+    let given = statement.body.get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
+    let number = |token: &Token| if let Token::Parameter(number) = token { *number } else { 0 };
+    let highest = lex::tokens(text, Lex::default()).iter().map(number).max().unwrap_or(0);
+    usize::from(given.max(highest))
+}
