@@ -70,7 +70,11 @@ async fn another_role_is_the_clients_own_and_ends_when_it_says_so() {
         assert_eq!(client.value(WHO).await, "client_001 client_001 none", "{sql}");
     }
     assert_eq!(world.metric(pinned).await, 0.0);
-    assert_eq!(world.metric("cross_tenant_isolation_violations_total").await, 0.0);
+    for kind in ["identity", "superuser"] {
+        let closed =
+            format!("cross_tenant_isolation_violations{{action=\"closed\",kind=\"{kind}\",tenant=\"client_001\"}}");
+        assert_eq!(world.metric(&closed).await, 0.0, "{kind}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@
 //! it carries out a statement of a client it says in a notice what the session holds, so that whoever compares answers
 //! compares all of that, too. Simplified: in a failed transaction Describe is always an error.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::BytesMut;
@@ -288,12 +289,16 @@ impl Pg {
         self.check_failed(&text)?;
         if name.is_empty() {
             self.unnamed = Some(text);
-        } else if self.prepared.contains_key(&name) {
-            return Err(error("42P05", format!("prepared statement \"{name}\" already exists")));
-        } else {
-            self.prepared.insert(name, Statement { text, by_sql: false });
+            return Ok(());
         }
-        Ok(())
+        let taken = error("42P05", format!("prepared statement \"{name}\" already exists"));
+        match self.prepared.entry(name) {
+            Entry::Occupied(_) => Err(taken),
+            Entry::Vacant(vacant) => {
+                vacant.insert(Statement { text, by_sql: false });
+                Ok(())
+            }
+        }
     }
 
     fn text_of(&self, name: &[u8]) -> Result<String, PgError> {
@@ -332,7 +337,7 @@ impl Pg {
         Ok(())
     }
 
-    fn describe(&mut self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+    fn describe(&self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
         let name = cstr(&body[1..]).unwrap().0;
         let missing = || error("34000", "portal \"\" does not exist");
         let text = if body[0] == b'S' { self.text_of(name)? } else { self.portal.clone().ok_or_else(missing)? };
@@ -570,6 +575,9 @@ impl Pg {
     fn select(&mut self, sql: &str, words: &[&str]) -> Done {
         if sql.contains("pg_catalog.pg_cursors WHERE is_holdable") {
             return self.probe(sql);
+        }
+        if sql.contains("FROM pg_catalog.pg_depend") {
+            return row(if self.state.temp.is_empty() { "f" } else { "t" });
         }
         if let Some(moves) = sql.strip_prefix("SELECT WHERE ") {
             return self.change_scope(moves);
