@@ -231,13 +231,15 @@ async fn a_sync_in_the_middle_of_copy_data_that_fails_leaves_nothing_to_the_next
         b.sync();
     })
     .await;
+    // A server that sees the Sync while it still reads the data ignores it, and answers the other one only.
     let mut said = Vec::new();
-    while said.iter().filter(|message: &&crate::raw::Message| message.tag == b'Z').count() < 2 {
+    while !said.iter().any(|message: &crate::raw::Message| message.tag == b'Z') {
         let Some(message) = raw.next().await else { break };
         said.push(message);
     }
     let said = show(&said);
-    assert!(said.ends_with("E(08P01)") || said.ends_with("E(22P02) Z(I) Z(I)"), "{said}");
+    assert!(said.ends_with("E(08P01)") || said.ends_with("E(22P02) Z(I)"), "{said}");
+    raw.terminate().await;
     let mut next = world.raw("client_001").await;
     assert_eq!(next.value("SELECT 1").await, "1");
 }

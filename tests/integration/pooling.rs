@@ -282,9 +282,9 @@ async fn what_leaves_nothing_behind_costs_no_reset() {
         let mut third = world.raw("client_001").await;
         third.query("CREATE TEMP TABLE t (a int)").await;
         third.terminate().await;
-        let discarded =
-            format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {served_by} AND query = 'DISCARD ALL'");
-        world.admin_until(&discarded, 1).await;
+        // It ends so.
+        let reset = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {served_by} AND query = 'RESET ROLE'");
+        world.admin_until(&reset, 1).await;
     }
 }
 
