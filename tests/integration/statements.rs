@@ -288,7 +288,9 @@ async fn what_cannot_be_prepared_here_is_missing_nowhere() {
                 b.sync();
             })
             .await;
-        assert_eq!(client.until_ready().await.iter().map(|m| char::from(m.tag)).collect::<String>(), "tEZ");
+        // PostgreSQL 18 reports that the path is the old one again.
+        let said = client.until_ready().await;
+        assert_eq!(said.iter().map(|m| char::from(m.tag)).filter(|tag| *tag != 'S').collect::<String>(), "tEZ");
         client.query("ROLLBACK").await;
         assert_eq!(client.value("SHOW search_path").await, "\"\"");
         occupant.query("COMMIT").await;
