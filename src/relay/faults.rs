@@ -802,7 +802,13 @@ async fn every_point(stride: usize) {
         let left = "SELECT count(*) FROM pg_stat_activity WHERE usename LIKE 'lane%'";
         match admin.query_one(left, &[]).await.unwrap().get::<_, i64>(0) {
             0 => break,
-            n => assert!(began.elapsed() < PATIENCE, "{n} server processes are left"),
+            _ if began.elapsed() > PATIENCE => {
+                let which = "SELECT string_agg(concat_ws(' ', usename, state, wait_event, query), '; ') \
+                    FROM pg_stat_activity WHERE usename LIKE 'lane%'";
+                let which: String = admin.query_one(which, &[]).await.unwrap().get(0);
+                panic!("server processes are left: {which}");
+            }
+            _ => {}
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
