@@ -752,21 +752,13 @@ impl Session {
 
     /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
     fn discard_sequences(&mut self, simple: bool, out: &mut BytesMut) {
-        const NAME: &[u8] = b"pgusher_discard";
         let text = "DISCARD SEQUENCES";
         if simple && !self.open_group {
             message::query(out, text);
             self.expects.push_back(Expect::InjectedQuery);
             return;
         }
-        message::parse(out, NAME, text.as_bytes(), &[0, 0]);
-        message::bind(out, NAME, NAME);
-        message::execute(out, NAME);
-        message::close(out, b'P', NAME);
-        message::close(out, b'S', NAME);
-        for answer in *b"12C33" {
-            self.push_extended(Expect::InjectedStep(answer));
-        }
+        self.step(text, out);
     }
 
     fn parse(

@@ -17,8 +17,8 @@ use crate::relay::names::Verb;
 use crate::tenant::sql::Literal;
 use crate::wire::message;
 
-/// The name of what goes to another scope and comes back.
-const SCOPE: &[u8] = b"pgusher_scope";
+/// The name of our statements that live as long as it takes to run them.
+const STEP: &[u8] = b"pgusher_step";
 
 impl Session {
     /// Whether the scope may be another than is known, in this transaction.
@@ -128,11 +128,11 @@ impl Session {
 
     /// Runs a statement of ours that returns no row, within the client's group of messages.
     pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
-        message::parse(out, SCOPE, text.as_bytes(), &[0, 0]);
-        message::bind(out, SCOPE, SCOPE);
-        message::execute(out, SCOPE);
-        message::close(out, b'P', SCOPE);
-        message::close(out, b'S', SCOPE);
+        message::parse(out, STEP, text.as_bytes(), &[0, 0]);
+        message::bind(out, STEP, STEP);
+        message::execute(out, STEP);
+        message::close(out, b'P', STEP);
+        message::close(out, b'S', STEP);
         for answer in *b"12C33" {
             self.push_extended(Expect::InjectedStep(answer));
         }
