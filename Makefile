@@ -10,6 +10,7 @@
 #   make test-matrix  the Rust tests on the oldest and the newest PostgreSQL (VERSIONS="15 16 17 18" for others)
 #   make fuzz         every fuzz target for SECONDS=600 (nightly, cargo install cargo-fuzz)
 #   make bench-guard  what the guard costs, with it on and off in one run (release build)
+#   make bench-tracking  what classification and tracking cost, likewise
 #   make bench        pgusher beside PgBouncer and HAProxy, as medians and ratios (BENCH="--quick simple copy" for less)
 #   make simulate     500,000 tenants on 50 shards, simulated: tables, and the plot of docs/scale.md
 #   make soak         an hour of everything at once (MINUTES=5 for less)
@@ -32,7 +33,7 @@ DEPS       := $(if $(SKIP_DEPS),true,.ci/install-deps)
 
 export PGUSHER DEMO PORT
 
-.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload fuzz bench bench-guard simulate soak lint clean
+.PHONY: all build demo demo-run demo-stop demo-clean test test-rust test-rules test-files test-clients test-pgbench test-big test-api test-full test-matrix test-attacks test-model test-suites test-webload fuzz bench bench-guard bench-tracking simulate soak lint clean
 
 all: build
 
@@ -145,7 +146,11 @@ fuzz:
 
 bench-guard:
 	$(CARGO) build --locked --release
-	benches/guard_cost.py --pgusher $(TARGET_DIR)/release/pgusher
+	benches/cost.py guard --pgusher $(TARGET_DIR)/release/pgusher
+
+bench-tracking:
+	$(CARGO) build --locked --release
+	benches/cost.py tracking --pgusher $(TARGET_DIR)/release/pgusher
 
 # What the README's numbers come from. On a machine that does nothing else.
 BENCH ?=

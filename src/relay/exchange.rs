@@ -15,6 +15,9 @@ use super::watch::{Guard, Refused, attempt};
 use super::*;
 use crate::metrics::{self, PIN_REASONS};
 
+/// Longer than a cancel request may take.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(6);
+
 /// See [`Relay::adopt_params`].
 #[inline]
 fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> {
@@ -116,11 +119,12 @@ impl Relay {
             let work = conn.simple_queries(&statements);
             let failed = |detail: String| {
                 let text = "could not restore the session's settings";
-                Lent::Ended(End::Told(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail)))
+                Lent::Unfit(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
             };
             match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) if error.is_the_end() => return Err(Lent::Dead),
+                // What was on the connection before may be in the way: `temp_buffers`, for one.
                 Ok(Err(error)) => return Err(failed(format!("{error}."))),
                 Err(_) => return Err(failed("The server did not answer in time.".to_owned())),
             }
@@ -154,9 +158,10 @@ impl Relay {
         };
         let slow = |_| lost("The server did not say in time what the session holds.".to_owned());
         let failed = |error| lost(format!("{error}."));
-        // A cancel that is late must not stop what is asked now.
+        // A cancel that is late should not stop what is asked now. Somebody who names this process in a statement that
+        // takes long may hold it for longer than that: what is stopped then counts as state that nobody knows.
         self.client.key.entry.unbind();
-        tokio::time::timeout(timeout, conn.cancels.settled()).await.map_err(slow)?;
+        let _ = tokio::time::timeout(CANCEL_PATIENCE, conn.cancels.settled()).await;
         let residue = self.session.take_residue();
         let (mut listens, mut pinned) = (None, self.pinned);
         if !residue.is_none() {

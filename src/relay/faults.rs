@@ -732,6 +732,7 @@ async fn lanes(count: usize) -> Option<(Cluster, Vec<Lane>)> {
         let (seen, _) = tokio::join!(play(socket, &steps, None), serve(client, bench.worker.clone()));
         lane.fresh = rows(&seen);
         assert!(lane.fresh.windows(6).any(|w| w == lane.tenant.id.as_str().as_bytes()), "{:?}", lane.fresh);
+        bench.pools.close_all();
     }
     Some((cluster, lanes))
 }

@@ -97,11 +97,16 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// How long the server may take to set or tell a session's settings.
+    /// How long the server may take to set or tell a session's settings. Nobody but the client itself waits for it, which
+    /// would wait as long for a server of its own; so it is longer than any load makes that take, and than a cancel may be
+    /// under way.
     fn settle_timeout(&self) -> Duration {
-        self.server_reset_timeout.max(Duration::from_secs(1))
+        self.server_reset_timeout.max(SETTLE_TIMEOUT)
     }
 }
+
+/// See [`Rules::settle_timeout`].
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// An authenticated client, greeted and ready for its first query.
 pub struct Client {
@@ -236,10 +241,15 @@ enum Lent {
     Ended(End),
     /// The server connection was dead before anything of the client's was looked at: another one will do.
     Dead,
+    /// It could not be made what the client needs, and is closed; another one may do.
+    Unfit(PgError),
 }
 
 /// Server connections in a row that may be dead, for one request. After a server has been restarted they all are.
 const MAX_DEAD: usize = 100;
+
+/// Those that may be unfit.
+const MAX_UNFIT: usize = 3;
 
 /// Why an exchange with a server connection ended.
 enum Outcome {
@@ -294,9 +304,10 @@ impl Relay {
                 Lent::Done => {}
                 Lent::Ended(end) => return end,
                 Lent::Dead => return End::Told(server_closed()),
+                Lent::Unfit(why) => return End::Told(why),
             }
         }
-        let mut dead = 0;
+        let (mut dead, mut unfit) = (0, 0);
         loop {
             match self.next_request().await {
                 Next::Request => {}
@@ -314,11 +325,13 @@ impl Relay {
                 },
             };
             match self.lend(lease).await {
-                Lent::Done => dead = 0,
+                Lent::Done => (dead, unfit) = (0, 0),
                 Lent::Ended(end) => return end,
                 // The request is still there.
                 Lent::Dead if dead < MAX_DEAD => dead += 1,
                 Lent::Dead => return End::Told(server_closed()),
+                Lent::Unfit(_) if unfit < MAX_UNFIT => unfit += 1,
+                Lent::Unfit(why) => return End::Told(why),
             }
         }
     }

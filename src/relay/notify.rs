@@ -108,10 +108,10 @@ impl Relay {
         match done {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) if error.is_the_end() => Err(Lent::Dead),
-            _ => Err(Lent::Ended(End::Told(PgError::fatal(
+            _ => Err(Lent::Unfit(PgError::fatal(
                 sqlstate::CONNECTION_FAILURE,
                 "could not restore what the session listens to",
-            )))),
+            ))),
         }
     }
 

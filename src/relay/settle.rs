@@ -63,14 +63,14 @@ pub async fn settle(
     let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
     let identity = residue.settings.iter().any(|name| matches!(&**name, "role" | "session_authorization"));
     if !residue.unknown && !identity && !freed && (!residue.resets || carried.is_empty()) {
-        let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(|n| !conn.params.has(n)).collect();
+        let lasts = |name: &&str| !conn.params.has(name) && !OF_TRANSACTIONS.contains(name);
+        let names: Vec<&str> = residue.settings.iter().map(|n| &**n).filter(lasts).collect();
         if names.is_empty() {
             return Ok(Settled { carried: carried.clone(), pinned, listens: None });
         }
-        return Ok(match ask(conn, &names, (**carried).clone()).await? {
-            Some(carried) => Settled { carried, pinned, listens: None },
-            None => Settled { carried: carried.clone(), pinned: Some(UNKNOWN), listens: None },
-        });
+        if let Some(carried) = ask(conn, &names, (**carried).clone()).await? {
+            return Ok(Settled { carried, pinned, listens: None });
+        }
     }
     let mut rows = conn.rows(&[&PROBE.replace(HELD_LOCKS, HELD_LOCKS_SHIM)]).await;
     if matches!(rows, Err(ServerError::Server(_))) {
@@ -178,8 +178,13 @@ const PROBE: &str = "SELECT \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
            'transaction_read_only', 'transaction_deferrable']))";
 
-/// Asks for the values of settings and adds them to `known`; one that does not exist is left out. `None`: the server
-/// does not say (a `statement_timeout` of the client's, for one), so that they cannot be carried.
+/// These mean nothing to the next transaction.
+const OF_TRANSACTIONS: [&str; 4] = ["seed", "transaction_isolation", "transaction_read_only", "transaction_deferrable"];
+
+/// Asks for the values of settings and adds them to `known`; one that does not exist is left out. Each is set to what it
+/// is: what cannot be set here cannot be set on the connection that the client gets next, and a text that names it need
+/// not have been run at all. `None`: the server does not say (a `statement_timeout` of the client's, for one), or one of
+/// them cannot be set.
 async fn ask(
     conn: &mut ServerConnection,
     names: &[&str],
@@ -188,8 +193,13 @@ async fn ask(
     let mut sql = String::from("SELECT ");
     for (at, name) in names.iter().enumerate() {
         let comma = if at > 0 { ", " } else { "" };
+        let value = format!("pg_catalog.current_setting({}, true)", Literal(name));
         // Writing to a String cannot fail.
-        let _ = write!(sql, "{comma}pg_catalog.current_setting({}, true)", Literal(name));
+        let _ = write!(
+            sql,
+            "{comma}CASE WHEN {value} IS NULL THEN NULL ELSE pg_catalog.set_config({}, {value}, false) END",
+            Literal(name)
+        );
     }
     let values = match conn.rows(&[&sql]).await {
         Ok(rows) => rows.into_iter().next().unwrap_or_default(),

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::{Guard, Relay};
 use crate::config::PoolMode;
-use crate::error::{PgError, sqlstate};
+use crate::error::{PgError, Severity, sqlstate};
 use crate::pool::cancel::{Entry, Held, Key};
 use crate::pool::connect::ServerError;
 use crate::pool::lease::CheckIn;
@@ -89,6 +89,7 @@ impl Named {
                 // Whoever ends a process has done so before its own answer comes.
                 match tokio::time::timeout(reset_timeout, lease.conn().simple_queries(&["SELECT 1"])).await {
                     Ok(Ok(())) => lease.release(CheckIn::Clean, reset_timeout, Instant::now()),
+                    Ok(Err(ServerError::Server(error))) if error.severity == Severity::Error => {}
                     Ok(Err(ServerError::Server(error))) => client.signals().kill(error),
                     Ok(Err(_)) => client.signals().kill(terminated()),
                     Err(_) => {}

@@ -306,7 +306,9 @@ fn comparable(message: &Message) -> String {
         b'C' => format!("C({})", String::from_utf8_lossy(&body[..body.len() - 1])),
         b'E' | b'N' => {
             let [severity, code, text] = [b'S', b'C', b'M'].map(|field| message.field(field));
-            format!("{}({severity} {code} {text})", char::from(message.tag))
+            // What ends the connection is never right: it may say why.
+            let why = if severity == "FATAL" { format!(": {}", message.field(b'D')) } else { String::new() };
+            format!("{}({severity} {code} {text}{why})", char::from(message.tag))
         }
         b'Z' => format!("Z({})", char::from(body[0])),
         b'T' => format!("T({})", columns(body)),
