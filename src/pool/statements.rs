@@ -290,14 +290,9 @@ impl Prepared {
         self.unnamed = None;
     }
 
-    /// How many are there.
-    pub fn len(&self) -> usize {
-        self.have.len()
-    }
-
-    /// Whether none is there.
-    pub fn is_empty(&self) -> bool {
-        self.have.is_empty()
+    /// How many are there, whatever they mean.
+    pub fn count(&self) -> usize {
+        self.have.len() + self.squatted.len()
     }
 }
 

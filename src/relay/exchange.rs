@@ -15,6 +15,13 @@ use super::watch::{Guard, Refused, attempt};
 use super::*;
 use crate::metrics::{self, PIN_REASONS};
 
+/// See [`Session::is_in_doubt`].
+fn copy_in_doubt() -> PgError {
+    PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "COPY failed with a Sync message among its data")
+        .detail("A server that still reads the data ignores the Sync, and one that has failed answers it: which of the two happened cannot be told.")
+        .hint("Send Sync after CopyDone or CopyFail.")
+}
+
 /// Longer than a cancel request may take.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(6);
 
@@ -379,6 +386,9 @@ impl Relay {
             }
             if self.session.must_wait(header, unseen) {
                 self.held_up = true;
+                if self.session.must_flush() {
+                    message::flush(self.up.out(&self.worker.buffers));
+                }
                 return Ok(());
             }
             if self.query_since.is_none() {
@@ -490,8 +500,10 @@ impl Relay {
             match header.tag {
                 b'S' => {
                     let conn = lease.conn();
-                    if let Err(error) = conn.note_parameter(&frame[HEADER..]) {
-                        return Err(self.stranger(&error));
+                    match conn.note_parameter(&frame[HEADER..]) {
+                        Ok(()) => {}
+                        Err(error @ ServerError::Identity { .. }) => return Err(self.stranger(&error)),
+                        Err(error) => return Err(out_of_step(&error)),
                     }
                     let own_name = self.is_own_name_again(frame);
                     let reported = &lease.conn().params;
@@ -542,6 +554,9 @@ impl Relay {
                 }
             }
             if header.tag == b'Z' {
+                if self.session.is_in_doubt() {
+                    return Err(Outcome::Told(copy_in_doubt()));
+                }
                 self.account();
             }
         }

@@ -1,15 +1,15 @@
 //! What a client has prepared by name, and how much memory that takes. No I/O.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::pool::statements::Statement;
 
-type HashMap<K, V> = std::collections::HashMap<K, V, ahash::RandomState>;
-
 /// Statements by the client's names for them.
 #[derive(Debug, Default)]
 pub(super) struct Named {
-    map: HashMap<Arc<[u8]>, Arc<Statement>>,
+    /// A tree: most clients have few or none, and an empty one is small.
+    map: BTreeMap<Arc<[u8]>, Arc<Statement>>,
     bytes: usize,
 }
 

@@ -10,7 +10,7 @@
 
 mod bring;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -22,7 +22,7 @@ use super::named::Named;
 use super::names::{self, Use, Verb};
 use super::{scan, track};
 use crate::config::PoolMode;
-use crate::error::{PgError, sqlstate};
+use crate::error::{PgError, Severity, sqlstate};
 use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
@@ -275,14 +275,21 @@ pub struct Session {
     /// in COPY, and answers if the COPY has failed by then. Which of the two cannot be told from outside.
     copy_data: bool,
     sync_in_copy: bool,
+    /// A COPY has begun since the last ReadyForQuery.
+    copy_began: bool,
+    /// It has failed with such a Sync on its way.
+    in_doubt: bool,
+    /// The server has been asked to send the answers that it owes, of which there are too many.
+    flushed: bool,
     residue: Residue,
     queries: u32,
     named: Named,
     /// What they may take (bytes); 0 is no limit.
     max_named: usize,
     /// Names of statements that SQL has prepared.
-    by_sql: HashSet<Box<[u8]>>,
-    unnamed: Option<Unnamed>,
+    by_sql: BTreeSet<Box<[u8]>>,
+    /// Boxed: it moves, and many clients have none.
+    unnamed: Option<Box<Unnamed>>,
     unnamed_serial: u64,
     /// What the unnamed statement that was bound last does when it is executed.
     bound: Events,
@@ -316,11 +323,20 @@ const REJECTED: &str = "refused by pgusher:";
 /// lo_create, lo_tell(64), lo_unlink, lo_truncate(64), which libpq's lo_* functions call.
 const LARGE_OBJECT_FUNCTIONS: [u32; 13] = [715, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172];
 
+/// Longest setting, and longest error, that is looked at whole (bytes).
+const MAX_SAID: usize = 1 << 20;
+
 /// Longer than any notification (bytes).
 const MAX_NOTIFICATION: usize = 16 << 10;
 
-/// Longest unnamed statement (bytes) that is remembered from one Sync to the next.
-const MAX_UNNAMED: usize = 64 << 10;
+/// Longest unnamed statement (bytes) that is remembered from one Sync to the next, for which it has to be seen whole.
+const MAX_UNNAMED: usize = 1 << 20;
+
+/// What is remembered of one that was so long is given back when it is over (bytes).
+const MAX_SPARE: usize = 4 << 10;
+
+/// Most messages that the server may owe an answer; beyond that the client waits.
+const MAX_EXPECTS: usize = 4096;
 
 impl Session {
     /// A conversation that begins. `client` is a number of its own; at most `max_prepared` statements are prepared on a
@@ -341,11 +357,14 @@ impl Session {
             copy_in: false,
             copy_data: false,
             sync_in_copy: false,
+            copy_began: false,
+            in_doubt: false,
+            flushed: false,
             residue: Residue::none(),
             queries: 0,
             named: Named::default(),
             max_named: 0,
-            by_sql: HashSet::default(),
+            by_sql: BTreeSet::new(),
             unnamed: None,
             unnamed_serial: 0,
             bound: None,
@@ -504,6 +523,11 @@ impl Session {
         self.residue.listens
     }
 
+    /// Whether it cannot be told how many answers the server still gives: a COPY has failed with a Sync on its way.
+    pub fn is_in_doubt(&self) -> bool {
+        self.in_doubt
+    }
+
     /// Whether the server owes a ReadyForQuery.
     pub fn owes_ready(&self) -> bool {
         self.expects.iter().any(ends_by_itself)
@@ -536,7 +560,7 @@ impl Session {
             b'P' if self.statements == Statements::PassThrough => Ok(header.total.min(limit)),
             b'P' => match have.get(HEADER) {
                 None => Ok(header.total.min(HEADER + 1)),
-                Some(0) => Ok(header.total.min(limit)),
+                Some(0) => Ok(header.total.min(limit.max(MAX_UNNAMED.min(max)))),
                 Some(_) if header.total <= max => Ok(header.total),
                 Some(_) => Err(PgError::fatal(sqlstate::PROGRAM_LIMIT_EXCEEDED, "prepared statement is too long")
                     .detail(format!("It has {} bytes; max_packet_size is {max}.", header.total))),
@@ -582,7 +606,7 @@ impl Session {
             }
             b'S' => {
                 (self.failed, self.open_group) = (false, false);
-                self.sync_in_copy |= self.copy_data;
+                self.sync_in_copy |= self.copy_data || self.copy_in;
                 if !self.copy_in {
                     self.expects.push_back(Expect::Sync);
                 }
@@ -630,7 +654,7 @@ impl Session {
     }
 
     fn push_extended(&mut self, expect: Expect) {
-        self.open_group = true;
+        (self.open_group, self.flushed) = (true, false);
         self.expects.push_back(expect);
     }
 
@@ -955,13 +979,17 @@ impl Session {
         self.unnamed_serial += 1;
         let kept = self.unnamed.get_or_insert_default();
         (kept.residue, kept.events) = (residue, events);
+        let body = body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default();
         kept.body.clear();
-        kept.body.extend_from_slice(body.filter(|body| body.len() <= MAX_UNNAMED).unwrap_or_default());
+        if kept.body.capacity() > MAX_SPARE {
+            kept.body.shrink_to(body.len());
+        }
+        kept.body.extend_from_slice(body);
     }
 
     /// What the unnamed statement is, for a message that changes it and may be skipped.
     fn unnamed_before(&mut self) -> Option<Box<Unnamed>> {
-        if self.expects.is_empty() { None } else { self.unnamed.take().map(Box::new) }
+        if self.expects.is_empty() { None } else { self.unnamed.take() }
     }
 
     fn unnamed_owner(&self) -> UnnamedOwner {
@@ -1306,7 +1334,9 @@ impl Session {
     #[inline]
     pub fn needs_of_server(header: Header, limit: usize) -> usize {
         match header.tag {
-            b'Z' | b'C' | b'E' | b'S' => header.total.min(limit),
+            b'Z' | b'C' => header.total.min(limit),
+            // A value, or what the server says of it, may be as long as a statement.
+            b'E' | b'S' => header.total.min(MAX_SAID),
             // Bounded by the server: 8,000 bytes and a name.
             b'A' => header.total.min(MAX_NOTIFICATION),
             _ => HEADER,
@@ -1412,7 +1442,7 @@ impl Session {
             self.rescopes &= status != b'I';
             self.forgot_sequences = false;
         }
-        (self.copy_in, self.copy_data, self.sync_in_copy) = (false, false, false);
+        (self.copy_in, self.copy_data, self.sync_in_copy, self.copy_began) = (false, false, false, false);
         match self.take() {
             Some(Expect::InjectedSync | Expect::InjectedQuery) => Ok(Verdict::Swallow),
             Some(expect) if ends_by_itself(&expect) => {
@@ -1432,8 +1462,12 @@ impl Session {
                 return Verdict::Swallow;
             }
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) if is_about_names(tag) => {
-                if let Some(event) = events.pop_front() {
-                    self.carry_out(event, prepared);
+                // What EXECUTE has run says its own name.
+                while let Some(event) = events.pop_front() {
+                    if event.verb != Verb::Execute {
+                        self.carry_out(event, prepared);
+                        break;
+                    }
                 }
             }
             _ => {}
@@ -1458,6 +1492,19 @@ impl Session {
             self.take();
         }
         Verdict::Forward
+    }
+
+    /// A statement of ours that the server does not have: a function has taken it away (`EXECUTE 'DEALLOCATE ALL'`).
+    fn note_gone(&mut self, error: &[u8], prepared: &mut Prepared) {
+        let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
+            self.expects.front()
+        else {
+            return;
+        };
+        let error = server_error(error);
+        if error.code == sqlstate::UNKNOWN_STATEMENT && error.message.contains(&format!("\"pgusher_{id}\"")) {
+            prepared.remove(*id);
+        }
     }
 
     /// What comes behind a DISCARD in the same Query counts again.
@@ -1495,6 +1542,7 @@ impl Session {
         // the server can tell which of them were.
         self.residue.unknown |= !self.residue.settings.is_empty();
         self.copy_in = false;
+        self.in_doubt |= self.copy_began && self.sync_in_copy;
         self.may_advance(prepared);
         if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
@@ -1504,11 +1552,14 @@ impl Session {
             // prepare again under another name; that must not bring it back to this one.
             prepared.outdate(*id);
         }
+        self.note_gone(&frame[HEADER..], prepared);
         let verdict = match self.expects.front() {
             Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
                 message::error_response(out, error);
                 Verdict::Instead
             }
+            // Its farewell is for the client.
+            _ if server_error(&frame[HEADER..]).severity == Severity::Fatal => Verdict::Forward,
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
             Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
@@ -1543,7 +1594,13 @@ impl Session {
     /// not known yet whether an earlier group of messages, still under way, has prepared or closed it.
     #[inline]
     pub fn must_wait(&self, header: Header, frame: &[u8]) -> bool {
-        if self.expects.is_empty() || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
+        if self.expects.is_empty() {
+            return false;
+        }
+        if self.expects.len() >= MAX_EXPECTS && !self.copy_in {
+            return true;
+        }
+        if !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
             return false;
         }
         if self.renames && self.expects.iter().any(is_renaming) {
@@ -1558,6 +1615,13 @@ impl Session {
         };
         let mut earlier = self.expects.iter().take(last + 1);
         earlier.clone().any(in_doubt) || (uses_unnamed(header, frame) && earlier.any(|e| self.makes_unnamed(e)))
+    }
+
+    /// Whether the server has to be asked for what it owes, since the client waits for that ([`Session::must_wait`]) before it
+    /// can end its group of messages; asked once each time.
+    pub fn must_flush(&mut self) -> bool {
+        let asks = self.expects.len() >= MAX_EXPECTS && self.open_group;
+        asks && !std::mem::replace(&mut self.flushed, true)
     }
 
     /// Whether the unnamed statement is what it is only if this is carried out.
@@ -1615,13 +1679,13 @@ impl Session {
                 _ => {}
             }
         }
-        self.unnamed = turn.before.map(|before| *before);
+        self.unnamed = turn.before;
     }
 
     /// The server reads nothing but COPY messages now: a Sync that is already on its way is ignored there.
     fn begin_copy_in(&mut self) {
         let end = self.expects.iter().position(|e| matches!(e, Expect::CopyEnd));
-        self.copy_in = end.is_none();
+        (self.copy_in, self.copy_began) = (end.is_none(), true);
         let upto = end.unwrap_or(self.expects.len());
         let mut at = 0;
         self.expects.retain(|expect| {

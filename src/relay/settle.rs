@@ -22,6 +22,8 @@ pub type Reason = usize;
 
 /// The one for temporary objects.
 const TEMP: Reason = 0;
+/// The one for statements that SQL has prepared.
+const PREPARED: Reason = 2;
 /// The one for `LISTEN`.
 pub const LISTEN: Reason = 3;
 
@@ -87,6 +89,12 @@ pub async fn settle(
     };
     let row = rows.into_iter().next().unwrap_or_default();
     let holds = |at: usize| row.get(at).and_then(Option::as_deref) != Some("f");
+    let count = row.get(ASKED + 1).and_then(Option::as_deref).and_then(|count| count.parse().ok());
+    if count != Some(conn.prepared.count()) && !holds(PREPARED) {
+        // A function has taken statements of ours away.
+        conn.simple_queries(&["DEALLOCATE ALL"]).await?;
+        conn.prepared.clear();
+    }
     let has_temporary = holds(TEMP) && has_temporary(conn).await?;
     let holds = |at: usize| if at == TEMP { has_temporary } else { holds(at) };
     let mut pinned = (0..ROLE).find(|at| *at != LISTEN && holds(*at));
@@ -162,7 +170,7 @@ const DEFAULT_ROLE: &str = "SET LOCAL jit = off; SELECT pg_catalog.substr(entry,
       setdatabase OPERATOR(pg_catalog.<>) 0::pg_catalog.oid DESC LIMIT 1";
 
 /// Whether the session holds something of the first kinds of [`PIN_REASONS`], in that order (the channels as a list, the
-/// role by name), and the settings made in it.
+/// role by name), the settings made in it, and how many statements of ours it has.
 /// Every name is qualified and every operator too: the tenant's own could stand before PostgreSQL's on its path. Nothing
 /// here reads a table: see [`TEMPORARY`].
 const PROBE: &str = "SELECT \
@@ -176,7 +184,9 @@ const PROBE: &str = "SELECT \
     (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), pg_catalog.current_setting(name)) FROM pg_catalog.pg_settings \
        WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
-           'transaction_read_only', 'transaction_deferrable']))";
+           'transaction_read_only', 'transaction_deferrable'])), \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE NOT from_sql \
+       AND pg_catalog.starts_with(name, 'pgusher_') AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['pgusher_check', 'pgusher_step']))";
 
 /// These mean nothing to the next transaction.
 const OF_TRANSACTIONS: [&str; 4] = ["seed", "transaction_isolation", "transaction_read_only", "transaction_deferrable"];

@@ -430,3 +430,36 @@ async fn a_client_that_prepares_without_end_is_refused_and_goes_on() {
         assert_eq!(run(&mut client, "more", &[]).await, "2 D(2) C(SELECT 1) Z(I)");
     }
 }
+
+/// What the session settles between two groups of messages would take it away.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unnamed_statement_that_is_longer_than_a_buffer_lasts_from_one_sync_to_the_next() {
+    for mode in [PoolMode::Auto, PoolMode::Transaction] {
+        let world = World::start(|config| config.pool.pool_mode = mode).await;
+        let mut raw = world.raw("client_001").await;
+        for size in [1_000, 20_000, 70_000, 900_000] {
+            let sql = format!("SELECT $1::int + 1 /* {} */", "x".repeat(size));
+            raw.compose(|b| {
+                b.parse("", &sql);
+                b.describe(b'S', "");
+                b.sync();
+            })
+            .await;
+            assert_eq!(show(&raw.until_ready().await).replace("t ", "").replace("T ", ""), "1 Z(I)", "{size}");
+            assert_eq!(run(&mut raw, "", &["4"]).await, "2 D(5) C(SELECT 1) Z(I)", "{size}");
+        }
+    }
+}
+
+/// Statements of the protocol that a function takes away are gone for everybody who used them there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_function_deallocates_is_prepared_again() {
+    let world = World::start(|config| config.pool.default_pool_size = 1).await;
+    let (mut one, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    prepare(&mut one, "a", "SELECT 1").await;
+    prepare(&mut other, "b", "SELECT 1").await;
+    other.query("DO $$BEGIN EXECUTE 'DEALLOCATE ALL'; END$$").await;
+    assert_eq!(run(&mut one, "a", &[]).await, "2 D(1) C(SELECT 1) Z(I)");
+    // Direct, it would be gone for who has done it; to know that is not worth asking after every function.
+    assert_eq!(run(&mut other, "b", &[]).await, "2 D(1) C(SELECT 1) Z(I)");
+}

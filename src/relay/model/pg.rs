@@ -585,8 +585,15 @@ impl Pg {
         let one = |row: Vec<Option<String>>| Ok((Some(row), "SELECT 1".to_owned()));
         if sql.contains("current_setting(") {
             let unknown = |name: &str| name.contains('.') && !self.known.contains(name);
-            let ask = |call: Vec<&str>| (!unknown(call[0])).then(|| self.setting(call[0]));
-            return one(calls(sql, "current_setting").into_iter().map(ask).collect());
+            // Whoever asks what it is, to set it to that, names it twice.
+            let again = if sql.contains("CASE WHEN") { 2 } else { 1 };
+            let names: Vec<_> = calls(sql, "current_setting").into_iter().map(|call| call[0]).step_by(again).collect();
+            let values: Vec<_> = names.iter().map(|name| (!unknown(name)).then(|| self.setting(name))).collect();
+            for (name, value) in names.iter().zip(&values).filter(|_| again > 1) {
+                let Some(value) = value else { continue };
+                self.set(name, Some(value), false);
+            }
+            return one(values);
         }
         if sql.contains("set_config(") {
             let set = |call: Vec<&str>| {
@@ -655,6 +662,10 @@ impl Pg {
         // Who may take other roles is asked.
         row.extend(sql.contains("current_setting('role')").then(|| Some("none".to_owned())));
         row.push(Some(serde_json::to_string(&listed).unwrap()));
+        let ours = |name: &&String| {
+            name.starts_with("pgusher_") && !["pgusher_check", "pgusher_step"].contains(&name.as_str())
+        };
+        row.push(Some(self.prepared.keys().filter(ours).count().to_string()));
         Ok((Some(row), "SELECT 1".into()))
     }
 }

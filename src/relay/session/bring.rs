@@ -128,12 +128,14 @@ impl Session {
 
     /// Runs a statement of ours that returns no row, within the client's group of messages.
     pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
+        // One that was cancelled half way is still there.
+        message::close(out, b'S', STEP);
         message::parse(out, STEP, text.as_bytes(), &[0, 0]);
         message::bind(out, STEP, STEP);
         message::execute(out, STEP);
         message::close(out, b'P', STEP);
         message::close(out, b'S', STEP);
-        for answer in *b"12C33" {
+        for answer in *b"312C33" {
             self.push_extended(Expect::InjectedStep(answer));
         }
     }

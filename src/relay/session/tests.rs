@@ -173,7 +173,7 @@ fn what_was_skipped_after_an_error_did_not_happen() {
     assert_eq!(both.servers(&[ERROR, READY]), "EZ");
     assert!(both.session.is_idle());
     assert!(both.session.named.contains_key(b"known") && both.session.named.values().count() == 1);
-    assert_eq!(both.prepared.len(), 1);
+    assert_eq!(both.prepared.count(), 1);
     // An error before the Sync was sent: what comes up to it goes nowhere.
     both.client(b'P', b"\0nonsense\0\0\0");
     both.server(ERROR.0, ERROR.1).unwrap();
@@ -355,7 +355,7 @@ fn two_names_of_one_statement_are_taken_away_one_by_one() {
     assert_eq!(both.client(b'Q', b"DEALLOCATE a; DEALLOCATE b\0").0, "PPSQ");
     let deallocated = (b'C', &b"DEALLOCATE\0"[..]);
     assert_eq!(both.servers(&[(b'1', b""), (b'1', b""), READY, deallocated, deallocated, READY]), "CCZ");
-    assert!(both.session.named.values().next().is_none() && both.prepared.len() == 1);
+    assert!(both.session.named.values().next().is_none() && both.prepared.count() == 1);
 }
 
 #[test]
@@ -372,9 +372,9 @@ fn a_statement_is_parsed_again_where_it_was_parsed() {
     both.servers(&[(b'1', b""), (b'2', b""), READY]);
     both.prepared = Prepared::default();
     both.session.set_scope(String::new(), &both.registry);
-    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "PBECCPPBECCSB", "there, and back");
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "CPBECCPCPBECCSB", "there, and back");
     both.client(b'S', b"");
-    let step = [(b'1', &b""[..]), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];
+    let step = [(b'3', &b""[..]), (b'1', b""), (b'2', b""), (b'C', b"SELECT 0\0"), (b'3', b""), (b'3', b"")];
     assert_eq!(both.servers(&step), "");
     assert_eq!(both.servers(&[(b'1', b"")]), "");
     assert_eq!(both.servers(&step), "");
@@ -459,4 +459,93 @@ fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
         both.servers(&[last, READY]);
         assert_eq!(both.prepared.sequences_of.take(), Some(1));
     }
+}
+
+/// A server that still reads the data ignores the Sync; one whose COPY has failed by then answers it.
+#[test]
+fn a_copy_that_fails_with_a_sync_on_its_way_is_in_doubt() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"COPY t FROM STDIN\0");
+    both.servers(&[(b'G', b"\0\0\0")]);
+    both.client(b'd', b"bad\n");
+    both.client(b'S', b"");
+    both.servers(&[ERROR, READY]);
+    assert!(both.session.is_in_doubt());
+    // A cancel may end it before any data.
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"COPY t FROM STDIN\0");
+    both.servers(&[(b'G', b"\0\0\0")]);
+    both.client(b'S', b"");
+    both.servers(&[ERROR, READY]);
+    assert!(both.session.is_in_doubt());
+}
+
+#[test]
+fn no_other_copy_is_in_doubt() {
+    // It ends well.
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"COPY t FROM STDIN\0");
+    both.servers(&[(b'G', b"\0\0\0")]);
+    for (tag, body) in [(b'd', &b"1\n"[..]), (b'S', b""), (b'd', b"2\n"), (b'c', b"")] {
+        both.client(tag, body);
+    }
+    both.servers(&[(b'C', b"COPY 2\0"), READY]);
+    assert!(!both.session.is_in_doubt() && both.session.is_idle());
+    // It fails, and nothing was on its way; what fails behind it is another matter.
+    both.client(b'Q', b"COPY t FROM STDIN\0");
+    both.servers(&[(b'G', b"\0\0\0")]);
+    both.client(b'd', b"bad\n");
+    both.servers(&[ERROR, READY]);
+    both.client(b'c', b"");
+    assert!(!both.session.is_in_doubt() && both.session.is_idle());
+    // It never begins: both are answered.
+    both.client(b'Q', b"COPY no_such_table FROM STDIN\0");
+    both.client(b'd', b"1\n");
+    both.client(b'S', b"");
+    both.servers(&[ERROR, READY, READY]);
+    assert!(!both.session.is_in_doubt() && both.session.is_idle());
+}
+
+/// Whoever sends messages that are answered here, behind a statement that takes long, would fill the memory.
+#[test]
+fn a_client_waits_while_too_much_is_owed_to_it() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"SELECT pg_sleep(3600)\0");
+    let close = message(b'C', b"Sx\0");
+    let header = frame::header(&close).unwrap().unwrap();
+    let mut sent = 0;
+    while !both.session.must_wait(header, &close) {
+        assert_eq!(both.client(b'C', b"Sx\0"), (String::new(), String::new()));
+        sent += 1;
+        assert!(sent < 100_000);
+    }
+    // The server may keep its answers until it is asked for them, once.
+    assert!(both.session.must_flush() && !both.session.must_flush());
+    let answers = both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+    assert_eq!(answers, format!("CZ{}", "3".repeat(sent)));
+    assert!(!both.session.must_wait(header, &close));
+}
+
+/// EXECUTE is answered by the tag of what it has run.
+#[test]
+fn what_follows_an_execute_is_carried_out() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"a\0SELECT 1\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    both.client(b'Q', b"EXECUTE a; DEALLOCATE a\0");
+    both.servers(&[(b'C', b"SELECT 1\0"), (b'C', b"DEALLOCATE\0"), READY]);
+    assert!(both.session.named.values().next().is_none() && both.prepared.count() == 0);
+    both.client(b'Q', b"PREPARE q AS SELECT 1; EXECUTE q; DEALLOCATE q\0");
+    both.servers(&[(b'C', b"PREPARE\0"), (b'C', b"SELECT 1\0"), (b'C', b"DEALLOCATE\0"), READY]);
+    assert!(both.session.by_sql.is_empty());
+}
+
+#[test]
+fn a_farewell_is_for_the_client_whatever_it_interrupts() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.prepared.sequences_of = Some(2);
+    assert_eq!(both.client(b'Q', b"SELECT lastval()\0").0, "QQ");
+    let farewell = (b'E', &b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"[..]);
+    assert_eq!(both.servers(&[farewell]), "E");
 }
