@@ -125,7 +125,11 @@ impl Pair {
             let step = script.step(&room.known);
             steps.push(step.clone());
             statements += step.statements;
-            if let Err(difference) = room.step(&step, steps.len() - 1).await {
+            if let Err(mut difference) = room.step(&step, steps.len() - 1).await {
+                if difference.auto.contains("53300") {
+                    // Who has the others, and why.
+                    difference.auto.push_str(&format!("\n  {}", self.sessions(tenant).await));
+                }
                 return Err(Failure { steps, difference });
             }
         }
@@ -133,6 +137,13 @@ impl Pair {
             couple.leave().await;
         }
         Ok(statements)
+    }
+
+    /// What the server connections of the tenant are about.
+    async fn sessions(&self, tenant: &str) -> String {
+        let sql = "SELECT coalesce(string_agg(concat_ws(' ', state, pid, query), '; '), '') FROM pg_stat_activity WHERE usename = $1";
+        let admin = self.auto.cluster().admin("postgres").await;
+        admin.query_one(sql, &[&tenant]).await.unwrap().get(0)
     }
 
     /// Runs steps that went wrong again, perhaps fewer of them.

@@ -224,7 +224,9 @@ impl Script {
             10..13 => self.unnamed(&mut step, free),
             13..15 if !self.moved => self.prepared(&mut step, free),
             13..15 => self.unnamed(&mut step, free),
-            15 => self.named(&mut step),
+            // What has the name may be the beginning of a transaction.
+            15 if free => self.named(&mut step),
+            15 => self.unnamed(&mut step, free),
             16 => self.apart(&mut step, free),
             17 => self.pipeline(&mut step, free),
             18 => self.flushed(&mut step, free),
@@ -488,7 +490,7 @@ impl Script {
             3 => "SELECT count(*), max(id) FROM notes".to_owned(),
             4 => format!("SELECT * FROM own_{client} ORDER BY k"),
             5 => format!("DELETE FROM notes WHERE note = 'c{client}'"),
-            6 => format!("SELECT k, coalesce(v, '') FROM own_{client} WHERE k IN (1, 2)"),
+            6 => format!("SELECT k, coalesce(v, '') FROM own_{client} WHERE k IN (1, 2) ORDER BY k"),
             7 => format!("INSERT INTO own_{client} VALUES ({key}, 'again')"),
             _ => String::from("SELECT 1 AS one, 'x;y' AS two"),
         }
