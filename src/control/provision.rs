@@ -404,7 +404,7 @@ impl Control {
         let (config, id, role) = (self.config.clone(), id.clone(), role.to_owned());
         let work = move || {
             let secret = config.provision.master_secret.expose();
-            let server = Verifier::random(&credential::server_password(secret, &role));
+            let server = Verifier::of_role(&credential::server_password(secret, &role));
             (server, Verifier::random(&credential::client_password(secret, id.as_str())))
         };
         tokio::task::spawn_blocking(work)

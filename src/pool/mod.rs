@@ -721,11 +721,14 @@ async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
 }
 
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
-    let pool = slot.pool.clone();
+    let (pool, began) = (slot.pool.clone(), Instant::now());
     // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
     let result = pool.connector.clone().connect(slot, settings, application_name).await;
     let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
     outcome.fetch_add(1, Ordering::Relaxed);
+    if result.is_ok() {
+        pool.budget.note_login(began.elapsed());
+    }
     pool.opened(result.map(Box::new));
 }
 

@@ -10,7 +10,7 @@
 //! than connections would log in for every transaction.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ pub struct Budget {
     limit: AtomicUsize,
     /// Length of the queue, readable without the lock at every check-in.
     waiting: AtomicUsize,
+    /// What a login has taken of late (microseconds).
+    login: AtomicU64,
     state: Mutex<State>,
     /// Counters of the shard.
     pub stats: Arc<ShardStats>,
@@ -44,8 +46,12 @@ struct State {
     watched: bool,
 }
 
-/// An idle connection that was used more recently than this counts as in use.
-const GRACE: Duration = Duration::from_millis(10);
+/// An idle connection that was used more recently than this counts as in use: for so many times what a login takes at
+/// present ([`Budget::grace`]), within these bounds. Where logins are slow, so is everything else, and a client that pauses
+/// for longer than on an idle machine has not gone to sleep.
+const GRACE_IN_LOGINS: u32 = 4;
+const MIN_GRACE: Duration = Duration::from_millis(10);
+const MAX_GRACE: Duration = Duration::from_millis(250);
 
 /// How much of a tenant's time with a connection the budget allows per connection: with `n` connections one comes of
 /// age every 50 ms, which bounds both the logins (20 a second) and the newcomer's wait.
@@ -67,7 +73,7 @@ pub(super) type Ticket = Weak<()>;
 impl Budget {
     /// A budget of `limit` connections.
     pub fn new(limit: usize, stats: Arc<ShardStats>, faces: Arc<Faces>) -> Self {
-        Self { limit: limit.into(), waiting: 0.into(), state: Mutex::default(), stats, faces }
+        Self { limit: limit.into(), waiting: 0.into(), login: 0.into(), state: Mutex::default(), stats, faces }
     }
 
     /// Connections open or being opened.
@@ -169,9 +175,21 @@ impl Budget {
         SHARE.saturating_mul(limit).min(LONGEST_QUANTUM)
     }
 
+    /// Notes how long a login took. Several at a time may forget one another, which does not matter.
+    pub(super) fn note_login(&self, took: Duration) {
+        let before = Duration::from_micros(self.login.load(Ordering::Relaxed));
+        let micros = u64::try_from(smooth(before, took).as_micros()).unwrap_or(u64::MAX);
+        self.login.store(micros, Ordering::Relaxed);
+    }
+
+    /// How long an idle connection counts as in use.
+    fn grace(&self) -> Duration {
+        grace(Duration::from_micros(self.login.load(Ordering::Relaxed)))
+    }
+
     /// Whether an idle connection may be closed for somebody else.
     pub(super) fn spares(&self, conn: &ServerConnection, now: Instant) -> bool {
-        now.duration_since(conn.last_used) >= GRACE || now.duration_since(conn.opened) >= self.quantum()
+        now.duration_since(conn.last_used) >= self.grace() || now.duration_since(conn.opened) >= self.quantum()
     }
 
     /// Closes the least recently used idle connection of another pool, so that its slot becomes free.
@@ -210,11 +228,36 @@ impl Budget {
     }
 }
 
+/// What a login takes of late, after one that took so long.
+fn smooth(before: Duration, took: Duration) -> Duration {
+    if before.is_zero() { took } else { (before * 7).saturating_add(took) / 8 }
+}
+
+fn grace(login: Duration) -> Duration {
+    (login.min(MAX_GRACE) * GRACE_IN_LOGINS).clamp(MIN_GRACE, MAX_GRACE)
+}
+
 /// Runs while anybody is in the queue.
 async fn close_idle(budget: Weak<Budget>) {
     loop {
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(MIN_GRACE).await;
         let Some(budget) = budget.upgrade().filter(|budget| budget.is_watched()) else { return };
         while budget.oldest().is_some() && budget.evict_for(None) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_pauses_on_a_slow_machine_keeps_its_connection_for_longer() {
+        let ms = Duration::from_millis;
+        assert_eq!([0, 1, 5, 1_000].map(|login| grace(ms(login))), [MIN_GRACE, MIN_GRACE, ms(20), MAX_GRACE]);
+        assert_eq!(
+            [(0, 8), (8, 16), (16, 8)].map(|(before, took)| smooth(ms(before), ms(took))),
+            [ms(8), ms(9), ms(15)]
+        );
+        assert_eq!(grace(Duration::MAX), MAX_GRACE);
     }
 }
