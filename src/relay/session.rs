@@ -679,7 +679,7 @@ impl Session {
         };
         let text = addressed.as_deref().unwrap_or(text);
         self.note_residue(&residue, whole);
-        self.note_sequences(&residue, true, link.prepared, out);
+        self.note_sequences(&residue, Some(text), link.prepared, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -759,7 +759,8 @@ impl Session {
     }
 
     /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
-    fn note_sequences(&mut self, residue: &Residue, simple: bool, prepared: &mut Prepared, out: &mut BytesMut) {
+    /// `query` is the text, if it is a Query's.
+    fn note_sequences(&mut self, residue: &Residue, query: Option<&[u8]>, prepared: &mut Prepared, out: &mut BytesMut) {
         if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
             return;
         }
@@ -768,8 +769,8 @@ impl Session {
         // An aborted transaction takes nothing but its end.
         let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
         // What is not understood may ask, and makes the state ours.
-        if others && (self.asks || residue.unknown) {
-            self.discard_sequences(simple, out);
+        if others && (self.asks || residue.unknown) && !query.is_some_and(needs_first_snapshot) {
+            self.discard_sequences(query.is_some(), out);
         }
         prepared.sequences_of = Some(self.client);
     }
@@ -1047,7 +1048,7 @@ impl Session {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
-                self.note_sequences(&statement.residue, false, link.prepared, out);
+                self.note_sequences(&statement.residue, None, link.prepared, out);
                 if statement.residue.lists {
                     self.hide_others(Some(statement.id), link, out);
                 }
@@ -1110,7 +1111,7 @@ impl Session {
     fn bind_unnamed(&mut self, values: &[u8], whole: bool, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         let Some(unnamed) = self.unnamed.take() else { return };
         self.note_bound(&unnamed.residue, values, whole);
-        self.note_sequences(&unnamed.residue, false, link.prepared, out);
+        self.note_sequences(&unnamed.residue, None, link.prepared, out);
         if unnamed.residue.lists {
             self.hide_others(None, link, out);
         }
@@ -1717,6 +1718,12 @@ fn renames(events: &Events) -> bool {
 
 fn is_renaming(expect: &Expect) -> bool {
     matches!(expect, Expect::Query(events) | Expect::Execute(events) if renames(events))
+}
+
+/// Whether a text may say of its transaction what has to be said before anything else is done in it, also by us.
+fn needs_first_snapshot(text: &[u8]) -> bool {
+    let contains = |word: &&str| text.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word.as_bytes()));
+    ["isolation", "snapshot", "deferrable", "read write"].iter().any(contains)
 }
 
 /// The text with our names for the client's, if it has any.

@@ -549,3 +549,14 @@ fn a_farewell_is_for_the_client_whatever_it_interrupts() {
     let farewell = (b'E', &b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"[..]);
     assert_eq!(both.servers(&[farewell]), "E");
 }
+
+/// What a transaction is has to be said before anything else is done in it, also by us.
+#[test]
+fn nothing_of_ours_goes_before_what_has_to_come_first_in_a_transaction() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.prepared.sequences_of = Some(2);
+    assert_eq!(both.client(b'Q', b"START TRANSACTION ISOLATION LEVEL SERIALIZABLE; DO ''\0").0, "Q");
+    let mut both = Both::new(PoolMode::Auto);
+    both.prepared.sequences_of = Some(2);
+    assert_eq!(both.client(b'Q', b"START TRANSACTION; DO ''\0").0, "QQ");
+}
