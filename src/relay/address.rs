@@ -69,7 +69,10 @@ pub(super) fn in_values(bind: &[u8], process: impl Fn(u32) -> Option<u32>) -> Op
     for parameter in 0..parameters {
         let length = i32::from_be_bytes(bind.get(at..at + 4)?.try_into().ok()?);
         let value = bind.get(at + 4..at + 4 + usize::try_from(length).unwrap_or(0))?;
-        let other = if format(parameter)? == 0 { in_text(value, &process) } else { in_binary(value, &process) };
+        let other = match format(parameter)? {
+            0 => in_text(value, &process),
+            _ => in_binary(value, &process).or_else(|| in_array(value, &process)),
+        };
         match &other {
             Some(other) => {
                 // Digits of a process id in the place of others: as long as it was, nearly.
@@ -90,6 +93,30 @@ fn in_binary(value: &[u8], process: impl Fn(u32) -> Option<u32>) -> Option<Vec<u
     let (front, last) = value.split_last_chunk::<4>()?;
     let other = front.iter().all(|&b| b == 0).then(|| process(u32::from_be_bytes(*last))).flatten()?;
     matches!(front.len(), 0 | 4).then(|| [front, &other.to_be_bytes()].concat())
+}
+
+/// An array of int4 or int8: number of dimensions, flags, type of the elements, length and lower bound of each dimension, and
+/// the elements, each with its length (`array_send` in PostgreSQL).
+fn in_array(value: &[u8], process: impl Fn(u32) -> Option<u32>) -> Option<Vec<u8>> {
+    const INT8: i32 = 20;
+    const INT4: i32 = 23;
+    let number = |at: usize| Some(i32::from_be_bytes(value.get(at..at + 4)?.try_into().ok()?));
+    let dimensions = usize::try_from(number(0)?).ok().filter(|n| (1..=6).contains(n))?;
+    if !matches!(number(8)?, INT4 | INT8) {
+        return None;
+    }
+    let mut at = 12 + 8 * dimensions;
+    let (mut said, mut changed) = (value.get(..at)?.to_vec(), false);
+    while at < value.len() {
+        let length = usize::try_from(number(at)?).unwrap_or(0);
+        let element = value.get(at + 4..at + 4 + length)?;
+        said.extend_from_slice(&value[at..at + 4]);
+        let other = in_binary(element, &process);
+        changed |= other.is_some();
+        said.extend_from_slice(other.as_deref().unwrap_or(element));
+        at += 4 + length;
+    }
+    changed.then_some(said)
 }
 
 #[cfg(test)]
@@ -115,6 +142,28 @@ mod tests {
         {
             assert_eq!(text(same), None, "{same}");
         }
+    }
+
+    #[test]
+    fn arrays_of_values_are_replaced() {
+        let array = |kind: i32, pid: u32| {
+            let header = [1, 1, kind, 3, 1].map(i32::to_be_bytes).concat();
+            let size = if kind == 20 { 8_i32 } else { 4 };
+            let element =
+                |pid: u32| [&size.to_be_bytes()[..], &vec![0; size as usize - 4], &pid.to_be_bytes()].concat();
+            [header, element(7), (-1_i32).to_be_bytes().to_vec(), element(pid)].concat()
+        };
+        for kind in [20, 23] {
+            let whole = array(kind, 1_234_567);
+            assert_eq!(in_array(&whole, known), Some(array(kind, 42)));
+            for end in 0..whole.len() {
+                assert_eq!(in_array(&whole[..end], known), None);
+            }
+        }
+        // Other numbers, and what is no array of these.
+        assert_eq!(in_array(&array(23, 7), known), None);
+        assert_eq!(in_array(&array(25, 1_234_567), known), None);
+        assert_eq!(in_array(&[255; 64], known), None);
     }
 
     #[test]
