@@ -34,6 +34,10 @@ pub struct Residue {
     pub own_process: bool,
     /// What later texts mean may be something else until the transaction ends: `SET LOCAL search_path`, for one.
     pub rescopes: bool,
+    /// Among that, how literals are read.
+    pub rereads: bool,
+    /// Something may be made in the first schema of the `search_path`, which leaves nothing unless that is `pg_temp`.
+    pub creates: bool,
     /// That id is written down where others may find it.
     pub stores_process: bool,
     /// The state of sequences may have changed. Counts for those who ask for it, and leaves nothing for others.
@@ -87,6 +91,8 @@ impl Residue {
         self.advances |= other.advances;
         self.lists |= other.lists;
         self.rescopes |= other.rescopes;
+        self.rereads |= other.rereads;
+        self.creates |= other.creates;
         self.databases |= other.databases;
         self.processes |= other.processes;
         self.own_process |= other.own_process;

@@ -14,9 +14,12 @@ use super::residue::Carried;
 const REPORTED: [&str; 5] =
     ["client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "standard_conforming_strings"];
 
+/// Where names are looked up. A server looks them up again by itself when this one has changed.
+pub const PATH: &str = "search_path";
+
 /// The others.
 const ASKED: [&str; 7] = [
-    "search_path",
+    PATH,
     "array_nulls",
     "backslash_quote",
     "escape_string_warning",
@@ -68,8 +71,7 @@ fn settings(scope: &str) -> impl Iterator<Item = (&str, &str)> {
 /// The place of a statement of one scope that is used in another: the scope itself if literals are read alike in both, else
 /// with an empty name behind it and what differs.
 pub fn used_in<'a>(home: &'a str, scope: &str) -> Cow<'a, str> {
-    // That one makes a server look up names again by itself.
-    let literals = |scope| settings(scope).filter(|(name, _)| *name != "search_path");
+    let literals = |scope| settings(scope).filter(|(name, _)| *name != PATH);
     if literals(home).eq(literals(scope)) {
         return Cow::Borrowed(home);
     }
@@ -88,11 +90,23 @@ pub fn has(name: &str) -> bool {
     names().any(|known| known.eq_ignore_ascii_case(name))
 }
 
-/// Whether a text with `SET LOCAL` may set one of them.
-pub fn may_set(text: &[u8]) -> bool {
-    let others = ["schema", "names", "time zone", "xml option"];
+/// Whether this setting, in any case, says how literals are read.
+pub fn has_for_literals(name: &str) -> bool {
+    has(name) && !name.eq_ignore_ascii_case(PATH)
+}
+
+/// Whether a text with `SET LOCAL` may set one of them; and whether one that says how literals are read.
+pub fn may_set(text: &[u8]) -> (bool, bool) {
+    // What is between the words may be anything, and `U&"…"` is any name.
+    let others = ["names", "zone", "xml", "u&\""];
     let contains = |word: &str| text.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word.as_bytes()));
-    names().chain(others).any(contains)
+    let literals = names().filter(|name| *name != PATH).chain(others).any(contains);
+    (literals || [PATH, "schema"].into_iter().any(contains), literals)
+}
+
+/// Whether what is made without a schema's name may be temporary under this `search_path`.
+pub fn is_temporary(path: &str) -> bool {
+    path.as_bytes().windows(7).any(|found| found.eq_ignore_ascii_case(b"pg_temp"))
 }
 
 #[cfg(test)]
@@ -116,6 +130,9 @@ mod tests {
         assert_eq!((value(&scope, "search_path"), value(&scope, "DateStyle")), (Some(""), None));
         assert_eq!(value(&scope, "Asia/Tokyo"), None);
         assert!(has("timezone") && !has("work_mem"));
-        assert!(may_set(b"set local Search_Path to x") && !may_set(b"set local statement_timeout to 1"));
+        assert_eq!(may_set(b"set local Search_Path to x"), (true, false));
+        assert_eq!(may_set(b"set local time\nzone 'UTC'"), (true, true));
+        assert_eq!(may_set(b"set local statement_timeout to 1"), (false, false));
+        assert!(is_temporary("a, \"pg_temp\"") && is_temporary("PG_temp_3") && !is_temporary("\"$user\", public"));
     }
 }

@@ -33,6 +33,8 @@ pub struct Statement {
     pub names: bool,
     /// Whether a server is known to have accepted it in its scope.
     pub accepted: AtomicBool,
+    /// Whether it is one client's own, because nobody can say in what scope it was prepared.
+    apart: bool,
     /// Whether what it returns has changed since: who prepares the same text again gets a new one.
     pub outdated: AtomicBool,
 }
@@ -120,7 +122,8 @@ const WITHOUT_NAMES: &[&str] = &[
     "unlisten",
 ];
 
-fn has_scope(body: &[u8]) -> bool {
+/// Whether what a statement with this body means depends on the scope.
+pub fn has_scope(body: &[u8]) -> bool {
     let text = body.split(|&b| b == 0).next().unwrap_or_default().trim_ascii_start();
     let end = text.iter().position(|b| !b.is_ascii_alphabetic()).unwrap_or(text.len());
     // A backslash means something or nothing, a byte is a letter or half of one.
@@ -155,7 +158,7 @@ impl Registry {
     pub fn used_in(&self, statement: &Statement, scope: &str) -> Option<Arc<Statement>> {
         let home = statement.scope();
         let place = scope::used_in(home, scope);
-        if !statement.has_scope() || *place == *statement.place() {
+        if statement.apart || !statement.has_scope() || *place == *statement.place() {
             return None;
         }
         let found = self.intern(&place, &statement.body, || statement.residue.clone());
@@ -185,15 +188,23 @@ impl Registry {
         if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
             known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
         }
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let name = format!("pgusher_{id}").into_bytes().into();
-        let (body, key, residue): (Box<[u8]>, _, Residue) = (body.into(), key.into(), residue());
-        let names = (residue.unknown || residue.frees) && names_others(&body);
-        let statement =
-            Statement { id, name, body, key, residue, names, accepted: false.into(), outdated: false.into() };
-        let statement = Arc::new(statement);
+        let statement = Arc::new(self.statement(key.into(), body, residue()));
         known.insert(ByBody(statement.clone()));
         statement
+    }
+
+    /// The same for one client alone: nobody else gets this one, whatever it prepares.
+    pub fn apart(&self, scope: &str, body: &[u8], residue: Residue) -> Arc<Statement> {
+        let statement = self.statement(key(scope, body).into(), body, residue);
+        Arc::new(Statement { apart: true, ..statement })
+    }
+
+    fn statement(&self, key: Box<[u8]>, body: &[u8], residue: Residue) -> Statement {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pgusher_{id}").into_bytes().into();
+        let names = (residue.unknown || residue.frees) && names_others(body);
+        let (accepted, outdated) = (false.into(), false.into());
+        Statement { id, name, body: body.into(), key, residue, names, accepted, apart: false, outdated }
     }
 }
 

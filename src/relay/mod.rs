@@ -43,6 +43,7 @@ use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::residue::Carried;
+use crate::pool::scope;
 use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
@@ -262,8 +263,10 @@ enum Outcome {
 
 impl Relay {
     fn new(client: Client, early: &[u8], worker: Arc<Worker>) -> Self {
+        let began_with = client.settings.iter().find(|(name, _)| name == scope::PATH).map(|(_, value)| value.as_str());
         let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements)
-            .with_max_named(client.rules.max_client_prepared_memory);
+            .with_max_named(client.rules.max_client_prepared_memory)
+            .with_search_path(began_with.or(client.params.get(scope::PATH)));
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);

@@ -26,6 +26,8 @@ pub struct Seen {
     pub own_process: bool,
     /// There is a `SET LOCAL` in it.
     pub local: bool,
+    /// It may make something in the first schema of the `search_path`.
+    pub creates: bool,
     /// It asks who waits for whom, by process ids.
     pub processes: bool,
 }
@@ -82,6 +84,16 @@ pub(super) fn is_harmless_call(word: &[u8]) -> bool {
     KEYWORDS.binary_search(&word).is_ok() || HARMLESS.binary_search(&word).is_ok()
 }
 
+/// What the next name is, by what stands before it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum After {
+    Anything,
+    /// INTO: it is a table, and a parenthesis after it a column list.
+    Into,
+    /// A name and a dot that do not touch it: it is in a schema, and not one of PostgreSQL's own.
+    Dot,
+}
+
 struct Scanner<'a, N> {
     sql: &'a [u8],
     at: usize,
@@ -89,10 +101,11 @@ struct Scanner<'a, N> {
     is_name: N,
     /// At the first word of a statement.
     first: bool,
-    /// The next name is a table, and a parenthesis after it a column list.
-    after_into: bool,
+    after: After,
     /// The statement is a COPY.
     copy: bool,
+    /// The statement is an INSERT.
+    insert: bool,
     /// The name that was read last, if nothing but white space and comments followed it.
     name: (usize, usize),
     seen: Seen,
@@ -100,8 +113,8 @@ struct Scanner<'a, N> {
 
 impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     fn new(sql: &'a [u8], lex: Lex, is_name: N) -> Self {
-        let seen = Seen::default();
-        Self { sql, at: 0, lex, is_name, first: true, after_into: false, copy: false, name: (0, 0), seen }
+        let (after, name, seen) = (After::Anything, (0, 0), Seen::default());
+        Self { sql, at: 0, lex, is_name, first: true, after, copy: false, insert: false, name, seen }
     }
 
     fn run(mut self) -> Seen {
@@ -122,11 +135,14 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                     continue;
                 }
                 b'.' => {
+                    if self.name.1 > 0 {
+                        self.after = After::Dot;
+                    }
                     self.dot();
                     false
                 }
                 _ => {
-                    self.name = (0, 0);
+                    (self.name, self.after) = ((0, 0), After::Anything);
                     match byte {
                         b'0'..=b'9' => {
                             // What a letter begins behind it is a word, to its end: `3a$$` begins no literal.
@@ -139,7 +155,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                             false
                         }
                         b';' => {
-                            (self.first, self.after_into, self.copy) = (true, false, false);
+                            (self.first, self.copy, self.insert) = (true, false, false);
                             self.at += 1;
                             false
                         }
@@ -151,11 +167,6 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                 }
             };
             self.seen.leaves_state |= unsure;
-            if self.seen.leaves_state && self.seen.suspicious {
-                let behind = &self.sql[self.at.min(self.sql.len())..];
-                self.seen.advances |= ADVANCING.iter().any(|word| contains(behind, word.as_bytes()));
-                break;
-            }
         }
         self.seen
     }
@@ -176,7 +187,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let mut lower = [0; 40];
         let word = &self.sql[start..self.at];
         if !self.first && self.is_plain(word) {
-            self.after_into = false;
+            self.after = After::Anything;
             return false;
         }
         // A longer word is no keyword and no function of the list.
@@ -195,7 +206,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                 return false;
             }
             if word == b"insert" {
-                self.seen.advances = true;
+                (self.seen.advances, self.insert) = (true, true);
                 return false;
             }
             self.seen.suspicious |= READ.binary_search(&word).is_ok();
@@ -205,8 +216,9 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         if is_key(word) || (self.copy && word == b"program") {
             self.seen.suspicious = true;
         }
-        self.seen.lists |= word == b"pg_prepared_statements";
-        if matches!(word, b"temp" | b"temporary") || word.starts_with(b"pg_temp") {
+        self.seen.lists |= lists(word);
+        // What is executed was looked at somewhere else.
+        if matches!(word, b"temp" | b"temporary" | b"execute") || word.starts_with(b"pg_temp") {
             return true;
         }
         if self.sql.get(self.at) == Some(&b'.') {
@@ -216,10 +228,18 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                 return false;
             }
             self.dot();
-            return !self.after_into && self.qualified_call();
+            return self.after != After::Into && self.qualified_call();
         }
-        let table = std::mem::replace(&mut self.after_into, word == b"into");
-        if !self.is_call() || table || KEYWORDS.binary_search(&word).is_ok() {
+        let into = word == b"into";
+        self.seen.creates |= into && !self.insert;
+        let after = std::mem::replace(&mut self.after, if into { After::Into } else { After::Anything });
+        if !self.is_call() || after == After::Into {
+            return false;
+        }
+        if after == After::Dot {
+            return true;
+        }
+        if KEYWORDS.binary_search(&word).is_ok() {
             return false;
         }
         self.seen.advances |= matches!(word, b"nextval" | b"setval");
@@ -233,8 +253,10 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     #[inline]
     fn is_plain(&self, word: &[u8]) -> bool {
         let first = word.first().map_or(0, |first| first | 0x20);
-        let known =
-            matches!((first, word.len()), (b'i', 4) | (b't', 4 | 9) | (b's', 10) | (b'p', 7..) | (b'e' | b'u', 1));
+        let known = matches!(
+            (first, word.len()),
+            (b'i', 4) | (b't', 4 | 9) | (b's', 10) | (b'p', 7..) | (b'e', 1 | 7) | (b'u', 1)
+        );
         !known && self.sql.get(self.at) != Some(&b'.') && !self.is_call()
     }
 
@@ -242,8 +264,11 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     fn prefix(&mut self, word: &[u8]) -> Option<bool> {
         match (word, self.sql.get(self.at), self.sql.get(self.at + 1)) {
             (b"e", Some(b'\''), _) => Some(self.string(true)),
-            (b"u", Some(b'&'), Some(b'"' | b'\'')) => {
+            (b"u", Some(b'&'), Some(quote @ (b'"' | b'\''))) => {
                 self.seen.suspicious = true;
+                // The name may be any.
+                self.seen.leaves_state |= *quote == b'"';
+                self.seen.lists |= *quote == b'"';
                 None
             }
             _ => None,
@@ -273,14 +298,19 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     /// `SET LOCAL` and `SET TRANSACTION` end with the transaction; `SET` and the like do not.
     fn first_word(&mut self, word: &[u8]) -> bool {
         if word == b"set" {
-            self.skip_while(lex::is_space);
+            self.at = lex::skip_space(self.sql, self.at);
             let rest = &self.sql[self.at..];
-            let local = rest.get(..6).is_some_and(|w| w.eq_ignore_ascii_case(b"local "));
-            let transaction = rest.get(..12).is_some_and(|w| w.eq_ignore_ascii_case(b"transaction "));
+            let (second, behind) =
+                rest.split_at(rest.iter().position(|b| !lex::continues_name(*b)).unwrap_or(rest.len()));
+            // `local.x` is a setting.
+            let word =
+                |word| second.eq_ignore_ascii_case(word) && behind.get(lex::skip_space(behind, 0)) != Some(&b'.');
+            let local = word(b"local");
             self.seen.local |= local;
-            return !(local || transaction);
+            return !(local || word(b"transaction"));
         }
         self.seen.advances |= matches!(word, b"copy" | b"merge" | b"with");
+        self.seen.creates |= matches!(word, b"create" | b"explain");
         self.seen.frees |= matches!(word, b"drop" | b"close");
         let unusual = STATELESS.binary_search(&word).is_err();
         // What is no ordinary statement is rare enough to be read.
@@ -288,9 +318,14 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         unusual
     }
 
+    #[inline]
     fn is_call(&self) -> bool {
         let rest = &self.sql[self.at..];
-        rest.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'(')
+        match rest.iter().find(|b| !b.is_ascii_whitespace()) {
+            Some(b'(') => true,
+            Some(b'-' | b'/' | 0x0b) => rest.get(lex::skip_space(rest, 0)) == Some(&b'('),
+            _ => false,
+        }
     }
 
     /// After `schema.`: whether `name(` follows.
@@ -301,6 +336,11 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let start = self.at;
         self.skip_while(lex::continues_name);
         self.name = (start, self.at);
+        if start == self.at {
+            // White space, or a comment, and then the name.
+            self.after = After::Dot;
+            return false;
+        }
         self.is_call()
     }
 
@@ -312,9 +352,10 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.at = (self.at + 1).min(self.sql.len());
         // A doubled quote is one in the name.
         self.seen.suspicious |= self.sql.get(self.at) == Some(&b'"') || is_key(name);
+        self.seen.lists |= lists(name);
         self.name = (start, self.at);
-        let table = std::mem::take(&mut self.after_into);
-        self.first || (self.is_call() && !table)
+        let table = std::mem::replace(&mut self.after, After::Anything) == After::Into;
+        self.first || name.starts_with(b"pg_temp") || (self.is_call() && !table)
     }
 
     /// A literal. A backslash in it may or may not escape, which depends on settings: unsure.
@@ -326,12 +367,15 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     }
 }
 
-/// Words of statements that may change what `currval` says.
-const ADVANCING: [&str; 6] = ["insert", "nextval", "setval", "copy", "merge", "with"];
-
 /// Functions of [`HARMLESS`] that take process ids.
 const WAITS: [&[u8]; 3] =
     [b"pg_blocking_pids", b"pg_safe_snapshot_blocking_pids", b"pg_isolation_test_session_is_blocked"];
+
+/// Names by which prepared statements are listed: a view, and what it calls.
+#[inline]
+fn lists(name: &[u8]) -> bool {
+    matches!(name, b"pg_prepared_statements" | b"pg_prepared_statement")
+}
 
 /// Names by which settings are changed without SET.
 #[inline]

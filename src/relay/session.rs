@@ -27,7 +27,7 @@ use crate::pool::connect::server_error;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::scope;
-use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner};
+use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner, has_scope};
 use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
@@ -133,7 +133,11 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         residue.own_process = seen.own_process;
         residue.processes = seen.processes || (residue.unknown && address::takes_processes(text));
         residue.stores_process = seen.own_process && track::stores(text, ward.lex());
-        residue.rescopes |= seen.local && scope::may_set(text);
+        residue.creates = seen.creates;
+        if seen.local {
+            let (rescopes, rereads) = scope::may_set(text);
+            (residue.rescopes, residue.rereads) = (residue.rescopes | rescopes, residue.rereads | rereads);
+        }
         residue.databases = (residue.unknown || residue.frees) && scan::may_need_database_alone(text);
         residue
     };
@@ -142,7 +146,9 @@ fn look(text: &[u8], ward: &dyn Ward) -> Result<Residue, PgError> {
         if seen.suspicious {
             ward.remember(text, ward.lex());
         }
-        return Ok(residue(seen));
+        // A literal with a backslash may have ended elsewhere.
+        let doubtful = seen.leaves_state && !Lex::is_irrelevant_to(text);
+        return Ok(residue(if doubtful { see(text, ward).0 } else { seen }));
     }
     let (seen, lex) = see(text, ward);
     match seen.suspicious.then(|| ward.judge(text, lex)).flatten() {
@@ -303,8 +309,12 @@ pub struct Session {
     scope: Box<str>,
     /// The client has prepared something that takes process ids.
     addresses: bool,
-    /// It may be another until the transaction ends.
+    /// It may be another until the transaction ends; and literals may be read otherwise.
     rescopes: bool,
+    rereads: bool,
+    /// What is made without a schema's name may be temporary: now, and as the session began.
+    temporary: bool,
+    began_temporary: bool,
     /// A Query has let the server forget the state of sequences.
     forgot_sequences: bool,
     /// Something that is not answered yet may give names to prepared statements, or take them away.
@@ -374,6 +384,9 @@ impl Session {
             scope: Box::default(),
             addresses: false,
             rescopes: false,
+            rereads: false,
+            temporary: false,
+            began_temporary: false,
             forgot_sequences: false,
             renames: false,
             unprepared: None,
@@ -384,6 +397,13 @@ impl Session {
     #[must_use]
     pub fn with_max_named(self, max_named: usize) -> Self {
         Self { max_named, ..self }
+    }
+
+    /// The same for a client that began with this `search_path`.
+    #[must_use]
+    pub fn with_search_path(self, path: Option<&str>) -> Self {
+        let temporary = path.is_some_and(scope::is_temporary);
+        Self { temporary, began_temporary: temporary, ..self }
     }
 
     /// Whether the server connection may go back.
@@ -476,6 +496,7 @@ impl Session {
                 *statement = there;
             }
         }
+        self.temporary = scope::value(&scope, scope::PATH).map_or(self.began_temporary, scope::is_temporary);
         self.scope = scope.into();
     }
 
@@ -539,6 +560,7 @@ impl Session {
         self.residue.unknown |= !whole;
         self.residue.own_process |= residue.own_process;
         self.rescopes |= residue.rescopes;
+        self.rereads |= residue.rereads;
         if !residue.is_none() {
             self.residue.merge(residue);
             // They are known when values are bound.
@@ -547,6 +569,7 @@ impl Session {
                 (self.residue.asks, self.residue.frees, self.residue.stores_process) = (false, false, false);
             }
         }
+        self.residue.unknown |= residue.creates && (self.temporary || self.scope_in_doubt());
     }
 
     /// How much of a frame has to be at hand for [`Session::on_client`]: `have` is what has arrived, `limit` how much
@@ -834,14 +857,14 @@ impl Session {
                 return Ok(self.refuse_parse(false, PgError::error(sqlstate::DUPLICATE_STATEMENT, error), out));
             }
             message::parse_with(out, &taken.name, body);
-            let statement = link.registry.intern(&self.scope, body, || residue);
+            let statement = self.shared(body, || residue, link);
             self.push_extended(Expect::Taken(Box::new(Taken { by: Shared { id: taken.id, name }, statement })));
             return Ok(Verdict::Instead);
         }
         if self.named.is_full(name, body, self.max_named) {
             return Ok(self.refuse_parse(false, too_many_names(self.max_named), out));
         }
-        let statement = link.registry.intern(&self.scope, body, || residue);
+        let statement = self.shared(body, || residue, link);
         self.named.insert(name.into(), statement.clone());
         let in_scope = !self.scope_in_doubt();
         let parsed = Box::new(ParseUndo { name: name.into(), statement: statement.clone(), in_scope });
@@ -864,6 +887,16 @@ impl Session {
         message::parse_with(out, &statement.name, &statement.body);
         self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
+    }
+
+    /// The statement that all share who prepare this; the client's own where nobody knows how literals are read.
+    fn shared(&self, body: &[u8], residue: impl FnOnce() -> Residue, link: &Link<'_>) -> Arc<Statement> {
+        let known = !(self.rereads || self.residue.unknown || self.residue.resets)
+            && !self.residue.settings.iter().any(|name| scope::has_for_literals(name));
+        if known || !has_scope(body) {
+            return link.registry.intern(&self.scope, body, residue);
+        }
+        link.registry.apart(&self.scope, body, residue())
     }
 
     /// Lets the server say what is wrong with a Parse, if anything is.
@@ -1096,7 +1129,7 @@ impl Session {
             return statement;
         };
         body.extend_from_slice(&statement.body[text.len()..]);
-        link.registry.intern(&self.scope, &body, || statement.residue.clone())
+        self.shared(&body, || statement.residue.clone(), link)
     }
 
     fn note_bound(&mut self, residue: &Residue, values: &[u8], whole: bool) {
@@ -1182,7 +1215,7 @@ impl Session {
         self.bring_all(&events, max, link, out);
         self.note_used(&events);
         body.extend_from_slice(&statement.body[text.len()..]);
-        let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
+        let translated = self.shared(&body, || statement.residue.clone(), link);
         (translated, events)
     }
 
@@ -1441,6 +1474,7 @@ impl Session {
         if self.expects.len() <= 1 {
             self.renames = false;
             self.rescopes &= status != b'I';
+            self.rereads &= status != b'I';
             self.forgot_sequences = false;
         }
         (self.copy_in, self.copy_data, self.sync_in_copy, self.copy_began) = (false, false, false, false);

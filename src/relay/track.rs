@@ -7,6 +7,7 @@
 
 use super::lex::{self, Lex, Token};
 use crate::pool::residue::Residue;
+use crate::pool::scope;
 
 /// What running this text may leave behind.
 pub fn look(sql: &[u8], lex: Lex) -> Residue {
@@ -18,7 +19,6 @@ pub fn look(sql: &[u8], lex: Lex) -> Residue {
         // It can be anywhere in what was not understood.
         residue.asks |= mentions(sql, b"currval") || mentions(sql, b"lastval");
         residue.seeds |= mentions(sql, b"seed");
-        residue.parameters.clear();
         (residue.resets, residue.frees) = (true, true);
     }
     residue
@@ -64,27 +64,31 @@ fn statement_residue(tokens: &[Token]) -> Residue {
         "reset" => match &tokens[1..] {
             [Token::Word(a), Token::Word(b)] if a == "time" && b == "zone" => named(&["timezone"]),
             [Token::Word(all)] if all == "all" => Residue { resets: true, ..Residue::none() },
-            [Token::Word(name), rest @ ..] if name != "all" && name != "role" && name != "session" => {
-                setting_name(&tokens[1..])
-                    .filter(|(_, n)| n.is_empty() || rest.is_empty())
-                    .map_or_else(Residue::anything, |(name, _)| named(&[&name]))
-            }
-            _ => Residue::anything(),
+            // `role.x` is a setting like others.
+            rest => match setting_name(rest) {
+                Some((name, [])) if !matches!(&*name, "role" | "session_authorization") => named(&[&name]),
+                _ => Residue::anything(),
+            },
         },
         "declare" if !tokens.iter().any(|t| t.is("hold")) => calls(&tokens[1..]),
         "select" | "with" | "values" | "insert" | "update" | "delete" => calls(tokens),
-        _ => Residue::anything(),
+        // It may set what is in no list.
+        _ => anything_and(calls(tokens)),
     }
 }
 
 /// What comes behind SET.
 fn set(tokens: &[Token]) -> Option<Residue> {
     let named = |names: &[&str]| Some(Residue::named(names));
+    // Whatever it begins with: `local.x` is a setting.
+    let dotted = tokens.get(1) == Some(&Token::Sign(b'.'));
     let words: Vec<&str> =
         tokens.iter().map_while(|t| if let Token::Word(w) = t { Some(w.as_str()) } else { None }).collect();
     match words.as_slice() {
+        _ if dotted => assigned(tokens),
+        ["session", ..] if tokens.get(2) == Some(&Token::Sign(b'.')) => assigned(&tokens[1..]),
         ["transaction" | "constraints", ..] => Some(Residue::none()),
-        ["local", ..] => Some(Residue::none()),
+        ["local", ..] => Some(local(&tokens[1..])),
         ["session", "characteristics", ..] => {
             named(&["default_transaction_isolation", "default_transaction_read_only", "default_transaction_deferrable"])
         }
@@ -95,13 +99,24 @@ fn set(tokens: &[Token]) -> Option<Residue> {
         ["names", ..] => named(&["client_encoding"]),
         ["schema"] => named(&["search_path"]),
         ["xml", "option", ..] => named(&["xmloption"]),
-        _ => {
-            let (name, rest) = setting_name(tokens)?;
-            let assigns = matches!(rest.first(), Some(Token::Sign(b'=')))
-                || rest.first().is_some_and(|t| t.is("to") || t.is("from"));
-            if assigns { named(&[&name]) } else { None }
-        }
+        _ => assigned(tokens),
     }
+}
+
+/// `name = …`
+fn assigned(tokens: &[Token]) -> Option<Residue> {
+    let (name, rest) = setting_name(tokens)?;
+    let assigns =
+        matches!(rest.first(), Some(Token::Sign(b'='))) || rest.first().is_some_and(|t| t.is("to") || t.is("from"));
+    assigns.then(|| Residue::named(&[&name]))
+}
+
+/// What comes behind SET LOCAL: over with the transaction.
+fn local(tokens: &[Token]) -> Residue {
+    let settings = set(tokens).map(|residue| residue.settings).unwrap_or_default();
+    let (rescopes, rereads) =
+        (settings.iter().any(|name| scope::has(name)), settings.iter().any(|name| scope::has_for_literals(name)));
+    Residue { rescopes, rereads, ..Residue::none() }
 }
 
 /// `name` or `prefix.name`, and what comes behind it.
@@ -120,40 +135,57 @@ fn setting_name(tokens: &[Token]) -> Option<(String, &[Token])> {
     Some((name, rest))
 }
 
-/// A statement that may call `set_config('name', …)`, and nothing else that is not known to be harmless.
+/// A statement that may call `set_config('name', …)`; unknown if it does anything else that is not known to be harmless.
 fn calls(tokens: &[Token]) -> Residue {
-    let mut residue = Residue::none();
+    let (mut residue, mut unknown) = (Residue::none(), false);
     for (at, token) in tokens.iter().enumerate() {
-        let Token::Word(word) = token else { continue };
-        if word == "temp" || word == "temporary" || word.starts_with("pg_temp") {
-            return Residue::anything();
-        }
-        if tokens.get(at + 1) != Some(&Token::Sign(b'(')) {
+        let Some(name) = token.name() else { continue };
+        unknown |= token.is("temp") || token.is("temporary") || name.starts_with("pg_temp");
+        if tokens.get(at + 1) != Some(&Token::Sign(b'(')) || is_behind_into(tokens, at) {
             continue;
         }
-        let behind_into = at > 0 && tokens[at - 1].is("into");
         let qualified = at >= 2 && tokens[at - 1] == Token::Sign(b'.');
         let in_catalog = qualified && tokens[at - 2].is("pg_catalog");
-        match (word.as_str(), tokens.get(at + 2)) {
+        match (name, argument(tokens, at + 2)) {
             ("set_config", Some(Token::Text(name))) if !qualified || in_catalog => {
                 residue.settings.push(name.to_ascii_lowercase().into());
             }
             ("set_config", Some(Token::Parameter(parameter))) if !qualified || in_catalog => {
                 residue.parameters.push(*parameter);
             }
-            _ if behind_into => {}
+            _ if matches!(token, Token::Quoted(_)) => unknown = true,
             ("currval" | "lastval", _) if !qualified || in_catalog => residue.asks = true,
             ("setseed", _) if !qualified || in_catalog => residue.seeds = true,
             ("pg_advisory_unlock" | "pg_advisory_unlock_shared" | "pg_advisory_unlock_all", _) if !qualified => {
                 residue.frees = true;
             }
             (word, _) if (!qualified || in_catalog) && super::scan::is_harmless_call(word.as_bytes()) => {}
-            _ => return Residue::anything(),
+            _ => unknown = true,
         }
     }
-    // A quoted name may be called as well.
-    let quoted_call = tokens.windows(2).any(|w| matches!(w, [Token::Quoted(_), Token::Sign(b'(')]));
-    if quoted_call && !tokens.iter().any(|t| t.is("into")) { Residue::anything() } else { residue }
+    if unknown { anything_and(residue) } else { residue }
+}
+
+fn anything_and(mut residue: Residue) -> Residue {
+    residue.merge(&Residue::anything());
+    residue
+}
+
+/// An argument that is nothing but this token, whatever it is cast to, if others follow.
+fn argument(tokens: &[Token], at: usize) -> Option<&Token> {
+    let behind = match tokens.get(at + 1..)? {
+        [Token::Sign(b':'), Token::Sign(b':'), Token::Word(_), behind @ ..] => behind,
+        behind => behind,
+    };
+    if behind.first()? == &Token::Sign(b',') { tokens.get(at) } else { None }
+}
+
+/// Whether the name that ends here is the table behind INTO, and a parenthesis behind it a list of columns.
+fn is_behind_into(tokens: &[Token], mut at: usize) -> bool {
+    while at >= 2 && tokens[at - 1] == Token::Sign(b'.') {
+        at -= 2;
+    }
+    at > 0 && tokens[at - 1].is("into")
 }
 
 #[cfg(test)]

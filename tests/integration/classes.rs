@@ -582,3 +582,115 @@ async fn advisory_locks_under_an_own_search_path() {
         assert_eq!(two.value(&format!("SELECT pg_try_advisory_lock({key})")).await, "t");
     }
 }
+
+/// What a `search_path` makes temporary is as temporary as what says so itself: its client keeps it, and nobody else has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_are_temporary_without_the_word() {
+    let world = World::start(|config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 2;
+    })
+    .await;
+    let make = "CREATE TABLE hidden AS SELECT 'mine' AS a";
+    for texts in [
+        &["CREATE TABLE \"pg_temp\".hidden AS SELECT 'mine' AS a"][..],
+        &["CREATE VIEW \"pg_temp\".hidden AS SELECT 'mine' AS a"],
+        &["CREATE TABLE U&\"pg!005ftemp\" UESCAPE '!'.hidden AS SELECT 'mine' AS a"],
+        &["SET search_path = pg_temp", make],
+        &["SET search_path = nowhere, \"pg_temp\", public", "SELECT 'mine' AS a INTO hidden"],
+        &["SET search_path = pg_temp; CREATE TABLE hidden AS SELECT 'mine' AS a"],
+        &[
+            "SELECT set_config('search_path', 'pg_' || 'temp', false)",
+            "EXPLAIN ANALYZE CREATE TABLE hidden AS SELECT 'mine' AS a",
+        ],
+        &["BEGIN; SET LOCAL search_path = pg_temp", make, "COMMIT"],
+        &["BEGIN", "SET LOCAL\nsearch_path = pg_temp", "SELECT 'mine' AS a INTO hidden", "COMMIT"],
+        &["BEGIN", "SELECT set_config('search_path', 'pg_temp', true)", make, "COMMIT"],
+    ] {
+        let mut client = world.raw("client_001").await;
+        for text in texts {
+            client.query(text).await;
+        }
+        client.query("RESET search_path").await;
+        // Somebody else is served by another connection then.
+        let mut other = world.raw("client_001").await;
+        assert_eq!(other.error("SELECT a FROM pg_temp.hidden").await.code(), "42P01", "{texts:?}");
+        other.query("BEGIN").await;
+        assert_eq!(client.value("SELECT a FROM pg_temp.hidden").await, "mine", "{texts:?}");
+        client.terminate().await;
+        other.terminate().await;
+    }
+}
+
+/// It is the path of the moment in which it runs that counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_statement_may_make_what_is_temporary() {
+    let world = world().await;
+    let mut client = world.raw("client_001").await;
+    client
+        .compose(|b| {
+            b.parse("s", "CREATE TABLE hidden AS SELECT 'mine' AS a");
+            b.sync();
+        })
+        .await;
+    client.until_ready().await;
+    client.query("SET search_path = pg_temp").await;
+    client
+        .compose(|b| {
+            b.bind("", "s", &[]);
+            b.execute("");
+            b.sync();
+        })
+        .await;
+    assert_eq!(show(&client.until_ready().await), "2 C(SELECT 1) Z(I)");
+    // Somebody else is served by another connection then.
+    let mut other = world.raw("client_001").await;
+    assert_eq!(other.error("SELECT a FROM pg_temp.hidden").await.code(), "42P01");
+    other.query("BEGIN").await;
+    assert_eq!(client.value("SELECT a FROM pg_temp.hidden").await, "mine");
+}
+
+/// Names of settings that begin like words of SET.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_of_ones_own_may_be_called_like_a_word_of_set() {
+    let world = world().await;
+    let mut client = world.raw("client_001").await;
+    let prefixes = ["local", "session", "transaction", "constraints", "role", "names", "schema", "seed", "time", "xml"];
+    for prefix in prefixes {
+        client.query(&format!("SET {prefix}.id = 'me'; SET SESSION {prefix}.own = 'me'")).await;
+    }
+    // What else is in the text is no reason to forget them.
+    client.query("CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'").await;
+    client.query("SELECT set_config('beside.id', 'me', false), f()").await;
+    client.query("EXPLAIN ANALYZE SELECT set_config('explained.id', 'me', false)").await;
+    client
+        .query("SELECT set_config('put_' || 'together.id', 'me', false), set_config('cast.id'::text, 'me', false)")
+        .await;
+    client.query("CREATE TABLE t (a text); INSERT INTO t SELECT \"set_config\"('quoted.id', 'me', false)").await;
+    client.query("SELECT 1 AS into, set_config('into.id', 'me', false)").await;
+    client.query("SELECT set_config/**/('apart.id', 'me', false)").await;
+    client.query("SELECT set_config-- \n('line.id', 'me', false)").await;
+    others(&world).await;
+    let names = prefixes.iter().flat_map(|prefix| [format!("{prefix}.id"), format!("{prefix}.own")]);
+    let kept = ["beside.id", "explained.id", "cast.id", "quoted.id", "into.id", "apart.id", "line.id"];
+    let names: Vec<String> = names.chain(kept.map(str::to_owned)).collect();
+    let mut other = world.raw("client_001").await;
+    for name in &names {
+        let sql = format!("SELECT coalesce(current_setting('{name}', true), '')");
+        assert_eq!(other.value(&sql).await, "", "{name}");
+        assert_eq!(client.value(&sql).await, "me", "{name}");
+    }
+    // A name that nobody can read is nobody else's either.
+    assert_eq!(other.value("SELECT coalesce(current_setting('put_together.id', true), '')").await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_writes_its_process_id_down_behind_a_set_keeps_its_process() {
+    let world = world().await;
+    let mut client = world.raw("client_001").await;
+    client.query("CREATE TABLE workers (pid int)").await;
+    client.query("SET work_mem = '1MB'; INSERT INTO workers VALUES (pg_backend_pid())").await;
+    let mut occupant = world.raw("client_001").await;
+    occupant.query("BEGIN").await;
+    assert_eq!(client.value("SELECT count(*) FROM workers WHERE pid = pg_backend_pid()").await, "1");
+}

@@ -463,3 +463,66 @@ async fn what_a_function_deallocates_is_prepared_again() {
     // Direct, it would be gone for who has done it; to know that is not worth asking after every function.
     assert_eq!(run(&mut other, "b", &[]).await, "2 D(1) C(SELECT 1) Z(I)");
 }
+
+/// `SET LOCAL` in every spelling: what is read under it is not what others get who say the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prepared_under_a_local_setting_is_not_shared() {
+    let world = World::start(|config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let (mut tokyo, mut plain) = (world.raw("client_001").await, world.raw("client_001").await);
+    for client in [&mut tokyo, &mut plain] {
+        client.query("SET TimeZone = 'UTC'").await;
+    }
+    for (number, set) in [
+        "SET LOCAL TimeZone = 'Asia/Tokyo'",
+        "SET LOCAL\nTimeZone = 'Asia/Tokyo'",
+        "SET LOCAL\tTIME\nZONE 'Asia/Tokyo'",
+        "SET/**/LOCAL TimeZone = 'Asia/Tokyo'",
+        "SET --\nLOCAL--\nTimeZone = 'Asia/Tokyo'",
+        "SET work_mem = '1MB'; SET LOCAL TimeZone = 'Asia/Tokyo'",
+        "SET LOCAL U&\"Time!005Aone\" UESCAPE '!' = 'Asia/Tokyo'",
+        "SET LOCAL DateStyle = 'ISO'; SET LOCAL TimeZone = 'Asia/Tokyo'",
+        "SELECT set_config('TimeZone', 'Asia/Tokyo', true)",
+        "DO $$ BEGIN SET LOCAL TimeZone = 'Asia/Tokyo'; END $$",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let sql = format!("SELECT '2026-01-02 03:04'::timestamptz AT TIME ZONE 'UTC' AS a{number}");
+        let name = format!("s{number}");
+        tokyo.query("BEGIN").await;
+        tokyo.query(set).await;
+        assert_eq!(prepare(&mut tokyo, &name, &sql).await, "1 Z(T)", "{set}");
+        assert_eq!(run(&mut tokyo, &name, &[]).await, "2 D(2026-01-01 18:04:00) C(SELECT 1) Z(T)", "{set}");
+        tokyo.query("COMMIT").await;
+        assert_eq!(prepare(&mut plain, &name, &sql).await, "1 Z(I)", "{set}");
+        assert_eq!(run(&mut plain, &name, &[]).await, "2 D(2026-01-02 03:04:00) C(SELECT 1) Z(I)", "{set}");
+    }
+}
+
+/// Behind a SET as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_lists_prepared_statements_lists_its_own() {
+    let world = World::start(|config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    for list in [
+        "SELECT statement FROM pg_prepared_statements WHERE NOT from_sql",
+        "SET work_mem = '1MB'; SELECT statement FROM pg_prepared_statements WHERE NOT from_sql",
+        "SELECT statement FROM \"pg_prepared_statements\" WHERE NOT from_sql",
+        "SELECT statement FROM pg_prepared_statement() WHERE NOT from_sql",
+        "SELECT statement FROM U&\"pg!005fprepared_statements\" UESCAPE '!' WHERE NOT from_sql",
+    ] {
+        assert_eq!(prepare(&mut one, "s", "SELECT 'secret'").await, "1 Z(I)");
+        assert_eq!(run(&mut one, "s", &[]).await, "2 D(secret) C(SELECT 1) Z(I)");
+        let said = show(&two.query(list).await);
+        assert!(!said.contains("secret") && said.contains("C(SELECT 0)"), "{list}: {said}");
+        one.query("DEALLOCATE s").await;
+    }
+}

@@ -26,6 +26,11 @@ impl Session {
         self.rescopes || self.residue.resets || self.residue.settings.iter().any(|name| scope::has(name))
     }
 
+    /// The same, and what a function has set counts.
+    fn is_anywhere(&self) -> bool {
+        self.scope_in_doubt() || self.residue.unknown
+    }
+
     /// Prepares what a Query needs, in a group of messages of ours; in the client's, if it has not ended one before.
     pub(super) fn bring_to_query(&mut self, events: &Events, link: &mut Link<'_>, out: &mut BytesMut) {
         let Statements::Shared(max) = self.statements else { return };
@@ -110,7 +115,7 @@ impl Session {
 
     /// The settings that have to be others for what was prepared in this scope, and their values as SQL.
     fn moves(&self, scope: &str) -> Vec<(&'static str, String)> {
-        let doubt = self.scope_in_doubt();
+        let doubt = self.is_anywhere();
         let differs = |name: &&str| doubt || scope::value(scope, name) != scope::value(&self.scope, name);
         let there = |name: &'static str| match scope::value(scope, name) {
             Some(value) => (name, Literal(value).to_string()),
@@ -123,7 +128,7 @@ impl Session {
     /// has failed nothing can be done about that.
     fn is_elsewhere(&self, statement: &Statement) -> bool {
         let known = statement.has_scope() && statement.accepted.load(Ordering::Relaxed);
-        known && self.status != b'E' && (statement.scope() != &*self.scope || self.scope_in_doubt())
+        known && self.status != b'E' && (statement.scope() != &*self.scope || self.is_anywhere())
     }
 
     /// Runs a statement of ours that returns no row, within the client's group of messages.
