@@ -89,6 +89,10 @@ fn row(value: impl Into<String>) -> Done {
     Ok((Some(vec![Some(value.into())]), "SELECT 1".to_owned()))
 }
 
+fn hex(text: &str) -> String {
+    text.bytes().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn default(name: &str) -> &'static str {
     DEFAULTS.iter().find(|(have, _)| *have == name).map_or("", |(_, value)| value)
 }
@@ -585,8 +589,8 @@ impl Pg {
         let one = |row: Vec<Option<String>>| Ok((Some(row), "SELECT 1".to_owned()));
         if sql.contains("current_setting(") {
             let unknown = |name: &str| name.contains('.') && !self.known.contains(name);
-            let ask = |call: Vec<&str>| (!unknown(call[0])).then(|| self.setting(call[0]));
-            return one(calls(sql, "current_setting").into_iter().map(ask).collect());
+            let ask = |call: Vec<&str>| (!unknown(call[0])).then(|| hex(&self.setting(call[0])));
+            return one(calls(sql, "set_config").into_iter().map(ask).collect());
         }
         if sql.contains("set_config(") {
             let set = |call: Vec<&str>| {
@@ -653,8 +657,8 @@ impl Pg {
             holds(!self.locks.is_empty()),
         ];
         // Who may take other roles is asked.
-        row.extend(sql.contains("current_setting('role')").then(|| Some("none".to_owned())));
-        row.push(Some(serde_json::to_string(&listed).unwrap()));
+        row.extend(sql.contains("current_setting('role')").then(|| Some(hex("none"))));
+        row.push(Some(hex(&serde_json::to_string(&listed).unwrap())));
         Ok((Some(row), "SELECT 1".into()))
     }
 }

@@ -14,7 +14,7 @@ use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
-use crate::tenant::sql::Literal;
+use crate::tenant::sql::{Literal, Value};
 use crate::wire::message;
 
 /// The name of our statements that live as long as it takes to run them.
@@ -113,7 +113,7 @@ impl Session {
         let doubt = self.scope_in_doubt();
         let differs = |name: &&str| doubt || scope::value(scope, name) != scope::value(&self.scope, name);
         let there = |name: &'static str| match scope::value(scope, name) {
-            Some(value) => (name, Literal(value).to_string()),
+            Some(value) => (name, Value(value).to_string()),
             None => (name, began_with(name)),
         };
         scope::names().filter(differs).map(there).collect()
