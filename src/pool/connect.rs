@@ -4,6 +4,7 @@
 //! reports `session_authorization` and `is_superuser`, at login and whenever they change; anything but the role and
 //! `off` closes the connection and counts as a violation.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -425,8 +426,8 @@ impl Login {
             match tag {
                 b'S' => {
                     let (name, value) = parameter(&body)?;
-                    check_identity(role, name, value)?;
-                    params.set(name, value);
+                    check_identity(role, name, &value)?;
+                    params.set(name, &value);
                 }
                 b'K' => {
                     let (id, key) = message::read_backend_key_data(&body)
@@ -486,11 +487,12 @@ pub fn server_error(body: &[u8]) -> PgError {
     fields.into()
 }
 
-fn parameter(body: &[u8]) -> Result<(&str, &str), ServerError> {
+/// Name and value. What is not ASCII is not what it seems where the client's encoding is another one: see
+/// [`Params::can_be_carried`].
+fn parameter(body: &[u8]) -> Result<(&str, Cow<'_, str>), ServerError> {
     let (name, value) =
         message::read_parameter_status(body).map_err(|_| ServerError::Protocol("malformed ParameterStatus"))?;
-    // Only application_name can hold bytes that are not UTF-8, and PostgreSQL replaces those.
-    Ok((name, std::str::from_utf8(value).unwrap_or("?")))
+    Ok((name, String::from_utf8_lossy(value)))
 }
 
 /// The free check: it is the tenant's role, and no superuser where there are others. After the login it is made of those
@@ -528,12 +530,12 @@ impl ServerConnection {
     pub fn note_parameter(&mut self, body: &[u8]) -> Result<(), ServerError> {
         let (name, value) = parameter(body)?;
         if !self.role.may_be_superuser {
-            check_identity(&self.role, name, value)?;
+            check_identity(&self.role, name, &value)?;
         } else if name == "session_authorization" {
             // On a server of its own a tenant may have other roles, and be them for a while.
-            self.disguised = value != &*self.role.name;
+            self.disguised = *value != *self.role.name;
         }
-        self.params = self.slot.pool().intern(self.params.with(name, value));
+        self.params = self.slot.pool().intern(self.params.with(name, &value));
         Ok(())
     }
 
@@ -557,13 +559,15 @@ impl ServerConnection {
         self.rows(statements).await.map(drop)
     }
 
-    /// Like [`Self::simple_queries`], and returns the rows that come: texts, or NULL.
+    /// Like [`Self::simple_queries`], and returns the rows that come: texts, or NULL. Both ways it is the client's encoding that
+    /// counts, whichever that is: ask for ASCII, in ASCII.
     ///
     /// # Errors
     /// See there.
     pub async fn rows(&mut self, statements: &[&str]) -> Result<Vec<Vec<Option<String>>>, ServerError> {
         let mut out = BytesMut::with_capacity(64);
         for sql in statements {
+            debug_assert!(sql.is_ascii(), "{sql}");
             message::query(&mut out, sql);
         }
         self.prepared.unnamed = None;
@@ -606,7 +610,7 @@ fn row(body: &[u8]) -> Result<Vec<Option<String>>, Malformed> {
         let length = cursor.i32()?;
         let value = match usize::try_from(length) {
             Err(_) => None,
-            Ok(length) => Some(String::from_utf8_lossy(cursor.bytes(length)?).into_owned()),
+            Ok(length) => Some(str::from_utf8(cursor.bytes(length)?).map_err(|_| Malformed::Encoding)?.to_owned()),
         };
         values.push(value);
     }

@@ -26,7 +26,7 @@ use super::{DATABASE, Lease, Pool, Settings};
 use crate::client::signals::Signals;
 use crate::error::{PgError, sqlstate};
 use crate::metrics::Notified;
-use crate::tenant::sql::{Ident, Literal};
+use crate::tenant::sql::{Literal, Name};
 use crate::wire::frame::{self, HEADER};
 use crate::wire::message;
 
@@ -367,10 +367,10 @@ impl Ear<'_> {
         let mut sql = String::new();
         for channel in wanted.difference(&self.listening) {
             // Writing to a String cannot fail.
-            let _ = write!(sql, "LISTEN {};", Ident(channel));
+            let _ = write!(sql, "LISTEN {};", Name(channel));
         }
         for channel in self.listening.difference(&wanted) {
-            let _ = write!(sql, "UNLISTEN {};", Ident(channel));
+            let _ = write!(sql, "UNLISTEN {};", Name(channel));
         }
         self.listening = wanted;
         let mut out = BytesMut::new();

@@ -57,9 +57,17 @@ impl Params {
         self.0.iter().any(|(have, _)| have.eq_ignore_ascii_case(name) && !CARRIED_ANYWAY.contains(&&**have))
     }
 
+    /// Whether all that a client can set is carried. Servers report values in the client's encoding of that moment: what is
+    /// not ASCII (a time zone of one's own making, for one) may have been something else.
+    pub fn can_be_carried(&self) -> bool {
+        let elsewhere = |name| FIXED.contains(&name) || CARRIED_ANYWAY.contains(&name);
+        self.iter().all(|(name, value)| value.is_ascii() || elsewhere(name))
+    }
+
     /// The calls of `set_config` that bring a server from `self` to `wanted`.
     pub fn changes_to(&self, wanted: &Self) -> Vec<String> {
-        let differs = |(name, value): &(&str, &str)| !FIXED.contains(name) && self.get(name) != Some(*value);
+        let differs =
+            |(name, value): &(&str, &str)| !FIXED.contains(name) && value.is_ascii() && self.get(name) != Some(*value);
         let call = |(name, value)| format!("pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value));
         wanted.iter().filter(differs).map(call).collect()
     }
@@ -86,5 +94,17 @@ mod tests {
             server.changes_to(&server.with("TimeZone", "Mars/'x")).concat(),
             "pg_catalog.set_config('TimeZone', 'Mars/''x', false)"
         );
+    }
+
+    #[test]
+    fn what_is_not_ascii_may_be_something_else() {
+        let mut server = Params::default();
+        server.set("search_path", "\u{e9}");
+        server.set("TimeZone", "UTC");
+        let server = Arc::new(server);
+        assert!(server.can_be_carried());
+        let doubtful = server.with("TimeZone", "\u{fffd}5");
+        assert!(!doubtful.can_be_carried() && server.changes_to(&doubtful).is_empty());
+        assert_eq!(doubtful.changes_to(&server).len(), 1);
     }
 }

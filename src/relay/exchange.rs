@@ -180,11 +180,13 @@ impl Relay {
         conn.applied = self.carried.clone();
         self.seeded |= residue.seeds;
         self.known_by_process |= residue.stores_process;
+        self.doubtful |= settle::has_doubtful_names(&residue, &conn.params);
         let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
         // These are not asked of the server: they come and go with what the client says.
         pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED, settle::PROCESS].contains(reason));
         pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
-        pinned = pinned.or(self.known_by_process.then_some(settle::PROCESS));
+        pinned =
+            pinned.or(self.known_by_process.then_some(settle::PROCESS)).or(self.doubtful.then_some(settle::UNKNOWN));
         if self.ears.is_some() || listens.is_some() {
             // The listener has patience of its own.
             let work = self.settle_ears(conn, listens, pinned, held);

@@ -214,6 +214,8 @@ struct Relay {
     seeded: bool,
     /// The client has written down the process id of the server connection that it keeps.
     known_by_process: bool,
+    /// It has made settings whose names could not be read.
+    doubtful: bool,
     /// The client has said goodbye; what it asked for before is still carried out.
     leaving: bool,
     /// The server connection's settings are no longer the client's, which are known.
@@ -292,6 +294,7 @@ impl Relay {
             held: false,
             seeded: false,
             known_by_process: false,
+            doubtful: false,
             leaving: false,
             held_up: false,
             has_params: false,

@@ -11,7 +11,7 @@ use super::*;
 use crate::pool::connect::ServerConnection;
 use crate::pool::faces::Heard;
 use crate::pool::listener::{Channels, Subscription};
-use crate::tenant::sql::Ident;
+use crate::tenant::sql::Name;
 
 /// What a client listens to, while it has no server connection of its own for that.
 pub(super) struct Ears {
@@ -193,12 +193,12 @@ impl Relay {
             self.ears = None;
             return true;
         }
-        if let Some(ears) = &mut self.ears {
-            return ears.subscription.change(signals, channels).await;
-        }
         let encoding = self.client.params.get("client_encoding").unwrap_or("UTF8");
         if encoding != "UTF8" && channels.iter().any(|channel| !channel.is_ascii()) {
             return false;
+        }
+        if let Some(ears) = &mut self.ears {
+            return ears.subscription.change(signals, channels).await;
         }
         let place = (&*self.client.settings, encoding);
         let subscription = self.pool.listen(self.client.id, signals, place, channels).await;
@@ -217,7 +217,7 @@ fn listen(channels: &Channels) -> String {
     let mut sql = String::new();
     for channel in channels {
         // Writing to a String cannot fail.
-        let _ = write!(sql, "LISTEN {};", Ident(channel));
+        let _ = write!(sql, "LISTEN {};", Name(channel));
     }
     sql
 }

@@ -6,7 +6,11 @@
 //!
 //! Asking, and not modelling, makes rollbacks, savepoints, failed statements and functions come out right by
 //! themselves. No client text is ever run again: values come from the server and go back as literals.
+//!
+//! All of this is said in the session of a client, and so in its encoding, or in that of the one before. What is asked is
+//! therefore ASCII, and so is what is answered: texts come as the hexadecimal digits of their UTF-8, and go back so.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -15,7 +19,7 @@ use crate::pool::connect::{ServerConnection, ServerError};
 use crate::pool::listener::Channels;
 use crate::pool::params::Params;
 use crate::pool::residue::{Carried, Residue};
-use crate::tenant::sql::{Ident, Literal};
+use crate::tenant::sql::{Name, Value};
 
 /// An index into [`PIN_REASONS`].
 pub type Reason = usize;
@@ -37,7 +41,8 @@ pub const SEQUENCE: Reason = ASKED;
 pub const SEED: Reason = ASKED + 1;
 /// The client has written down the process id of the session.
 pub const PROCESS: Reason = ASKED + 2;
-const UNKNOWN: Reason = PIN_REASONS.len() - 1;
+/// The one for what nobody knows.
+pub const UNKNOWN: Reason = PIN_REASONS.len() - 1;
 
 /// What was found out about a server connection.
 pub struct Settled {
@@ -63,6 +68,8 @@ pub async fn settle(
 ) -> Result<Settled, ServerError> {
     // What takes away is of interest only where there is something.
     let freed = residue.frees && (listening || pinned.is_some_and(|reason| reason < ASKED || reason == UNKNOWN));
+    // What cannot be carried is not taken away either: the client that has set it keeps it.
+    let pinned = if conn.params.can_be_carried() { pinned } else { Some(UNKNOWN) };
     let identity = residue.settings.iter().any(|name| matches!(&**name, "role" | "session_authorization"));
     if !residue.unknown && !identity && !freed && (!residue.resets || carried.is_empty()) {
         let lasts = |name: &&str| !conn.params.has(name) && !OF_TRANSACTIONS.contains(name);
@@ -101,15 +108,13 @@ pub async fn settle(
     if pinned.is_none() && is_somebody_else(conn, row.get(ROLE).and_then(Option::as_deref)).await? {
         pinned = Some(ROLE);
     }
-    let malformed = |_| ServerError::Protocol("malformed answer");
-    let channels = row.get(LISTEN).and_then(Option::as_deref).unwrap_or("[]");
-    let listens: Channels = serde_json::from_str(channels).map_err(malformed)?;
-    let listed = row.get(ASKED).and_then(Option::as_deref).unwrap_or("{}");
-    let listed: std::collections::BTreeMap<String, String> = serde_json::from_str(listed).map_err(malformed)?;
+    pinned = pinned.or((!conn.params.can_be_carried()).then_some(UNKNOWN));
+    let listens: Channels = listed(&row, LISTEN)?;
+    let settings: BTreeMap<String, String> = listed(&row, ASKED)?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
     let own = |name: &&str| name.contains('.');
     let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();
-    let known = listed.into_iter().filter(|(name, _)| !conn.params.has(name));
+    let known = settings.into_iter().filter(|(name, _)| !conn.params.has(name));
     let known: Carried = known.map(|(name, value)| (name.into(), value.into())).collect();
     if names.is_empty() {
         return Ok(Settled { carried: Arc::new(known), pinned, listens: Some(listens) });
@@ -118,6 +123,31 @@ pub async fn settle(
         Some(carried) => Settled { carried, pinned, listens: Some(listens) },
         None => Settled { carried: carried.clone(), pinned: Some(UNKNOWN), listens: Some(listens) },
     })
+}
+
+/// Whether settings are among it whose names may be others than those that were read: in another encoding than UTF-8 or in
+/// an unknown one.
+pub fn has_doubtful_names(residue: &Residue, params: &Params) -> bool {
+    let certain = params.get("client_encoding") == Some("UTF8")
+        && !residue.unknown
+        && !residue.settings.iter().any(|name| &**name == "client_encoding");
+    residue.settings.iter().any(|name| !name.is_ascii() && !(certain && !name.contains(char::REPLACEMENT_CHARACTER)))
+}
+
+/// What was asked for as the hexadecimal digits of its UTF-8.
+fn decoded(digits: &str) -> Result<String, ServerError> {
+    let bytes = digits.as_bytes().chunks(2).map(|two| {
+        let two = std::str::from_utf8(two).ok()?;
+        u8::from_str_radix(two, 16).ok()
+    });
+    let text = bytes.collect::<Option<Vec<u8>>>().and_then(|bytes| String::from_utf8(bytes).ok());
+    text.ok_or(ServerError::Protocol("malformed answer"))
+}
+
+/// What a column of [`PROBE`] lists.
+fn listed<T: serde::de::DeserializeOwned + Default>(row: &[Option<String>], at: usize) -> Result<T, ServerError> {
+    let Some(digits) = row.get(at).and_then(Option::as_deref) else { return Ok(T::default()) };
+    serde_json::from_str(&decoded(digits)?).map_err(|_| ServerError::Protocol("malformed answer"))
 }
 
 const HELD_LOCKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
@@ -145,7 +175,8 @@ async fn is_somebody_else(conn: &mut ServerConnection, role: Option<&str>) -> Re
     if !conn.is_itself() {
         return Ok(true);
     }
-    if role == Some("none") {
+    // "none"
+    if role == Some("6e6f6e65") {
         return Ok(false);
     }
     // `ALTER ROLE … SET role` gives the login another one to begin with.
@@ -160,7 +191,8 @@ async fn is_somebody_else(conn: &mut ServerConnection, role: Option<&str>) -> Re
 }
 
 /// The role that a login is given by the catalog; the most special entry counts.
-const DEFAULT_ROLE: &str = "SET LOCAL jit = off; SELECT pg_catalog.substr(entry, 6) FROM pg_catalog.pg_db_role_setting, \
+const DEFAULT_ROLE: &str = "SET LOCAL jit = off; SELECT \
+    pg_catalog.encode(pg_catalog.convert_to(pg_catalog.substr(entry, 6), 'UTF8'), 'hex') FROM pg_catalog.pg_db_role_setting, \
     pg_catalog.unnest(setconfig) AS entry WHERE pg_catalog.starts_with(entry, 'role=') \
       AND setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0::pg_catalog.oid, \
         (SELECT oid FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) SESSION_USER)]) \
@@ -177,11 +209,13 @@ const PROBE: &str = "SELECT \
     pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid, \
     EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
-    (SELECT pg_catalog.json_agg(channel) FROM pg_catalog.pg_listening_channels() AS channel), \
+    (SELECT pg_catalog.encode(pg_catalog.convert_to(pg_catalog.json_agg(channel)::pg_catalog.text, 'UTF8'), 'hex') \
+       FROM pg_catalog.pg_listening_channels() AS channel), \
     EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
       AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
-    pg_catalog.current_setting('role'), \
-    (SELECT pg_catalog.json_object_agg(pg_catalog.lower(name), pg_catalog.current_setting(name)) FROM pg_catalog.pg_settings \
+    pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_setting('role'), 'UTF8'), 'hex'), \
+    (SELECT pg_catalog.encode(pg_catalog.convert_to(pg_catalog.json_object_agg(pg_catalog.lower(name), \
+         pg_catalog.current_setting(name))::pg_catalog.text, 'UTF8'), 'hex') FROM pg_catalog.pg_settings \
        WHERE source OPERATOR(pg_catalog.=) 'session' AND context OPERATOR(pg_catalog.=) ANY (ARRAY['user', 'superuser']) \
          AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
            'transaction_read_only', 'transaction_deferrable'])), \
@@ -203,12 +237,13 @@ async fn ask(
     let mut sql = String::from("SELECT ");
     for (at, name) in names.iter().enumerate() {
         let comma = if at > 0 { ", " } else { "" };
-        let value = format!("pg_catalog.current_setting({}, true)", Literal(name));
+        let name = Value(name);
+        let value = format!("pg_catalog.current_setting({name}, true)");
         // Writing to a String cannot fail.
         let _ = write!(
             sql,
-            "{comma}CASE WHEN {value} IS NULL THEN NULL ELSE pg_catalog.set_config({}, {value}, false) END",
-            Literal(name)
+            "{comma}pg_catalog.encode(pg_catalog.convert_to(CASE WHEN {value} IS NULL THEN NULL \
+               ELSE pg_catalog.set_config({name}, {value}, false) END, 'UTF8'), 'hex')"
         );
     }
     let values = match conn.rows(&[&sql]).await {
@@ -218,7 +253,7 @@ async fn ask(
     };
     for (name, value) in names.iter().zip(values) {
         match value {
-            Some(value) => drop(known.insert((*name).into(), value.into())),
+            Some(value) => drop(known.insert((*name).into(), decoded(&value)?.into())),
             None => drop(known.remove(*name)),
         }
     }
@@ -229,15 +264,16 @@ async fn ask(
 pub fn script(conn: &ServerConnection, params: &Params, carried: &Carried) -> Option<String> {
     let mut text = String::new();
     for name in conn.applied.keys().filter(|name| !carried.contains_key(*name)) {
-        let parts: Vec<String> = name.split('.').map(|part| Ident(part).to_string()).collect();
+        let parts: Vec<String> = name.split('.').map(|part| Name(part).to_string()).collect();
         let _ = write!(text, "RESET {}; ", parts.join("."));
     }
     let mut changes = conn.params.changes_to(params);
     for (name, value) in carried.iter().filter(|(name, value)| conn.applied.get(*name) != Some(*value)) {
-        changes.push(format!("pg_catalog.set_config({}, {}, false)", Literal(name), Literal(value)));
+        changes.push(format!("pg_catalog.set_config({}, {}, false)", Value(name), Value(value)));
     }
     if !changes.is_empty() {
-        let _ = write!(text, "SELECT {}", changes.join(", "));
+        // Not the values themselves: the client's encoding need not have their characters.
+        let _ = write!(text, "SELECT {} IS NULL", changes.join(" IS NULL, "));
     }
     (!text.is_empty()).then_some(text)
 }

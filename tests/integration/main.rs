@@ -18,6 +18,7 @@ mod classes;
 mod copy;
 mod demo;
 mod drain;
+mod encodings;
 mod failures;
 mod interleaved;
 mod notify;

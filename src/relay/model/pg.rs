@@ -89,6 +89,10 @@ fn row(value: impl Into<String>) -> Done {
     Ok((Some(vec![Some(value.into())]), "SELECT 1".to_owned()))
 }
 
+fn hex(text: &str) -> String {
+    text.bytes().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn default(name: &str) -> &'static str {
     DEFAULTS.iter().find(|(have, _)| *have == name).map_or("", |(_, value)| value)
 }
@@ -593,7 +597,7 @@ impl Pg {
                 let Some(value) = value else { continue };
                 self.set(name, Some(value), false);
             }
-            return one(values);
+            return one(values.into_iter().map(|value| value.map(|value| hex(&value))).collect());
         }
         if sql.contains("set_config(") {
             let set = |call: Vec<&str>| {
@@ -660,8 +664,8 @@ impl Pg {
             holds(!self.locks.is_empty()),
         ];
         // Who may take other roles is asked.
-        row.extend(sql.contains("current_setting('role')").then(|| Some("none".to_owned())));
-        row.push(Some(serde_json::to_string(&listed).unwrap()));
+        row.extend(sql.contains("current_setting('role')").then(|| Some(hex("none"))));
+        row.push(Some(hex(&serde_json::to_string(&listed).unwrap())));
         let ours = |name: &&String| {
             name.starts_with("pgusher_") && !["pgusher_check", "pgusher_step"].contains(&name.as_str())
         };

@@ -14,7 +14,7 @@ use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
-use crate::tenant::sql::Literal;
+use crate::tenant::sql::{Literal, Value};
 use crate::wire::message;
 
 /// The name of our statements that live as long as it takes to run them.
@@ -103,7 +103,7 @@ impl Session {
             });
             self.step(&select(there), out);
         }
-        message::parse_with(out, &statement.name, &statement.body);
+        message::parse_with(out, &statement.name, statement.body());
         self.push_extended(Expect::Injected(statement.id));
         if elsewhere {
             let back = moved
@@ -118,7 +118,7 @@ impl Session {
         let doubt = self.is_anywhere();
         let differs = |name: &&str| doubt || scope::value(scope, name) != scope::value(&self.scope, name);
         let there = |name: &'static str| match scope::value(scope, name) {
-            Some(value) => (name, Literal(value).to_string()),
+            Some(value) => (name, Value(value).to_string()),
             None => (name, began_with(name)),
         };
         scope::names().filter(differs).map(there).collect()
@@ -201,7 +201,7 @@ fn select(calls: impl Iterator<Item = String>) -> String {
 /// How many parameters a statement has: as many types as were given, and as the highest number in the text says.
 fn parameters(statement: &Statement) -> usize {
     let text = statement.text();
-    let given = statement.body.get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
+    let given = statement.body().get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
     let number = |token: &Token| if let Token::Parameter(number) = token { *number } else { 0 };
     let highest = lex::tokens(text, Lex::default()).iter().map(number).max().unwrap_or(0);
     usize::from(given.max(highest))
