@@ -84,14 +84,12 @@ pub(super) fn is_harmless_call(word: &[u8]) -> bool {
     KEYWORDS.binary_search(&word).is_ok() || HARMLESS.binary_search(&word).is_ok()
 }
 
-/// What the next name is, by what stands before it.
+/// Of which kind a statement is, as far as that matters.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum After {
-    Anything,
-    /// INTO: it is a table, and a parenthesis after it a column list.
-    Into,
-    /// A name and a dot that do not touch it: it is in a schema, and not one of PostgreSQL's own.
-    Dot,
+enum Kind {
+    Other,
+    Copy,
+    Insert,
 }
 
 struct Scanner<'a, N> {
@@ -101,11 +99,11 @@ struct Scanner<'a, N> {
     is_name: N,
     /// At the first word of a statement.
     first: bool,
-    after: After,
-    /// The statement is a COPY.
-    copy: bool,
-    /// The statement is an INSERT.
-    insert: bool,
+    /// Where INTO ends: the name behind it is a table, and a parenthesis after that a column list.
+    into: usize,
+    /// Where a dot ends that does not touch the name before it: the one behind it is in a schema.
+    dot: usize,
+    kind: Kind,
     /// The name that was read last, if nothing but white space and comments followed it.
     name: (usize, usize),
     seen: Seen,
@@ -113,8 +111,8 @@ struct Scanner<'a, N> {
 
 impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     fn new(sql: &'a [u8], lex: Lex, is_name: N) -> Self {
-        let (after, name, seen) = (After::Anything, (0, 0), Seen::default());
-        Self { sql, at: 0, lex, is_name, first: true, after, copy: false, insert: false, name, seen }
+        let seen = Seen::default();
+        Self { sql, at: 0, lex, is_name, first: true, into: 0, dot: 0, kind: Kind::Other, name: (0, 0), seen }
     }
 
     fn run(mut self) -> Seen {
@@ -135,14 +133,12 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                     continue;
                 }
                 b'.' => {
-                    if self.name.1 > 0 {
-                        self.after = After::Dot;
-                    }
-                    self.dot();
+                    self.end_schema();
+                    self.dot = self.at;
                     false
                 }
                 _ => {
-                    (self.name, self.after) = ((0, 0), After::Anything);
+                    self.name = (0, 0);
                     match byte {
                         b'0'..=b'9' => {
                             // What a letter begins behind it is a word, to its end: `3a$$` begins no literal.
@@ -155,7 +151,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                             false
                         }
                         b';' => {
-                            (self.first, self.copy, self.insert) = (true, false, false);
+                            (self.first, self.kind) = (true, Kind::Other);
                             self.at += 1;
                             false
                         }
@@ -187,7 +183,6 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let mut lower = [0; 40];
         let word = &self.sql[start..self.at];
         if !self.first && self.is_plain(word) {
-            self.after = After::Anything;
             return false;
         }
         // A longer word is no keyword and no function of the list.
@@ -206,14 +201,16 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                 return false;
             }
             if word == b"insert" {
-                (self.seen.advances, self.insert) = (true, true);
+                (self.seen.advances, self.kind) = (true, Kind::Insert);
                 return false;
             }
             self.seen.suspicious |= READ.binary_search(&word).is_ok();
-            self.copy = word == b"copy";
+            if word == b"copy" {
+                self.kind = Kind::Copy;
+            }
             return self.first_word(word);
         }
-        if is_key(word) || (self.copy && word == b"program") {
+        if is_key(word) || (self.kind == Kind::Copy && word == b"program") {
             self.seen.suspicious = true;
         }
         self.seen.lists |= lists(word);
@@ -227,16 +224,23 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
                 self.at += 1;
                 return false;
             }
-            self.dot();
-            return self.after != After::Into && self.qualified_call();
+            self.end_schema();
+            if self.is_behind_into(start) {
+                self.into = self.at;
+                return false;
+            }
+            return self.qualified_call();
         }
-        let into = word == b"into";
-        self.seen.creates |= into && !self.insert;
-        let after = std::mem::replace(&mut self.after, if into { After::Into } else { After::Anything });
-        if !self.is_call() || after == After::Into {
+        if word == b"into" {
+            self.into = self.at;
+            self.seen.creates |= self.kind != Kind::Insert;
+        }
+        if !self.is_call() || self.is_behind_into(start) {
             return false;
         }
-        if after == After::Dot {
+        let dot = std::mem::take(&mut self.dot);
+        if dot > 0 && is_next(self.sql, dot, start) {
+            // In a schema, and not one of PostgreSQL's own.
             return true;
         }
         if KEYWORDS.binary_search(&word).is_ok() {
@@ -276,7 +280,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     }
 
     /// After a name: what follows belongs to it.
-    fn dot(&mut self) {
+    fn end_schema(&mut self) {
         self.at += 1;
         let (start, end) = std::mem::take(&mut self.name);
         let quoted = self.sql.get(start) == Some(&b'"');
@@ -321,11 +325,8 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
     #[inline]
     fn is_call(&self) -> bool {
         let rest = &self.sql[self.at..];
-        match rest.iter().find(|b| !b.is_ascii_whitespace()) {
-            Some(b'(') => true,
-            Some(b'-' | b'/' | 0x0b) => rest.get(lex::skip_space(rest, 0)) == Some(&b'('),
-            _ => false,
-        }
+        let next = rest.iter().find(|b| !lex::is_space(**b));
+        next == Some(&b'(') || (next.is_some_and(|b| *b == b'-' || *b == b'/') && is_call_behind(rest))
     }
 
     /// After `schema.`: whether `name(` follows.
@@ -338,7 +339,7 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.name = (start, self.at);
         if start == self.at {
             // White space, or a comment, and then the name.
-            self.after = After::Dot;
+            self.dot = start;
             return false;
         }
         self.is_call()
@@ -351,11 +352,20 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         let name = &self.sql[start + 1..self.at];
         self.at = (self.at + 1).min(self.sql.len());
         // A doubled quote is one in the name.
-        self.seen.suspicious |= self.sql.get(self.at) == Some(&b'"') || is_key(name);
-        self.seen.lists |= lists(name);
+        self.seen.suspicious |= self.sql.get(self.at) == Some(&b'"');
+        let system = matches!(name, [b'p', b'g', ..] | [b's', b'e', ..]);
+        if system {
+            self.seen.suspicious |= is_key(name);
+            self.seen.lists |= lists(name);
+        }
         self.name = (start, self.at);
-        let table = std::mem::replace(&mut self.after, After::Anything) == After::Into;
-        self.first || name.starts_with(b"pg_temp") || (self.is_call() && !table)
+        self.first || (system && name.starts_with(b"pg_temp")) || (self.is_call() && !self.is_behind_into(start))
+    }
+
+    /// Whether the name that begins at `start` is the first one behind INTO. Asked once for each INTO.
+    fn is_behind_into(&mut self, start: usize) -> bool {
+        let into = std::mem::take(&mut self.into);
+        into > 0 && is_next(self.sql, into, start)
     }
 
     /// A literal. A backslash in it may or may not escape, which depends on settings: unsure.
@@ -370,6 +380,19 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
 /// Functions of [`HARMLESS`] that take process ids.
 const WAITS: [&[u8]; 3] =
     [b"pg_blocking_pids", b"pg_safe_snapshot_blocking_pids", b"pg_isolation_test_session_is_blocked"];
+
+/// Whether nothing but white space and comments is between the two.
+#[inline(never)]
+fn is_next(sql: &[u8], end: usize, start: usize) -> bool {
+    lex::skip_space(sql, end) == start
+}
+
+/// Whether a parenthesis follows behind comments.
+#[cold]
+#[inline(never)]
+fn is_call_behind(rest: &[u8]) -> bool {
+    rest.get(lex::skip_space(rest, 0)) == Some(&b'(')
+}
 
 /// Names by which prepared statements are listed: a view, and what it calls.
 #[inline]
@@ -845,5 +868,74 @@ mod tests {
         ] {
             assert!(leaves_state(sql.as_bytes()), "{sql}");
         }
+    }
+
+    fn seen(sql: &str) -> Seen {
+        look(sql.as_bytes(), Lex::default(), |_| false)
+    }
+
+    #[test]
+    fn a_call_is_one_however_it_is_set_apart() {
+        for sql in [
+            "SELECT set_config/**/('a.b', 'c', false)",
+            "SELECT set_config -- \n ('a.b', 'c', false)",
+            "SELECT my\x0b(1)",
+            "SELECT \"f\" /* */ (1)",
+            "SELECT s . count(1)",
+            "SELECT s./**/count(1)",
+            "SELECT \"s\".count(1)",
+            "SELECT 1 AS into, set_config('a.b', 'c', false)",
+            "SELECT t . into - set_config('a.b', 'c', false)",
+            "INSERT INTO t SELECT \"set_config\"('a.b', 'c', false)",
+            "EXPLAIN ANALYZE EXECUTE a",
+            "CREATE TABLE t AS EXECUTE a",
+            "SET local.x = 1",
+            "SET transaction . x = 1",
+            "SELECT U&\"f\"(1)",
+        ] {
+            assert!(seen(sql).leaves_state, "{sql}");
+        }
+        for sql in [
+            "SELECT a - (1), b / (2) FROM t",
+            "INSERT INTO t (a) SELECT count(*) FROM u",
+            "INSERT INTO s.t(a) VALUES (lower('x'))",
+            "INSERT INTO /* */ t -- x\n (a) VALUES (1)",
+            "SELECT \"t\".a, count(*), \"t\" . b FROM t WHERE lower(a) = 'x'",
+            "SELECT t.*, pg_catalog.now() FROM t",
+            "SET\tLOCAL\na = 1",
+            "SET/**/TRANSACTION-- x\nREAD ONLY",
+        ] {
+            assert!(!seen(sql).leaves_state, "{sql}");
+        }
+    }
+
+    #[test]
+    fn what_is_temporary_by_its_schema_or_by_the_path() {
+        for sql in
+            ["CREATE TABLE \"pg_temp\".x AS SELECT 1", "SELECT 1 INTO \"pg_temp_3\".x", "TABLE U&\"pg!005ftemp\".x"]
+        {
+            assert!(seen(sql).leaves_state, "{sql}");
+        }
+        for sql in ["CREATE TABLE x AS SELECT 1", "SELECT 1 INTO x", "EXPLAIN ANALYZE CREATE VIEW x AS SELECT 1"] {
+            assert!(seen(sql).creates && !seen(sql).leaves_state, "{sql}");
+        }
+        for sql in ["INSERT INTO x SELECT 1", "SELECT 1", "DELETE FROM t", "/* create */ SELECT 'into'"] {
+            assert!(!seen(sql).creates, "{sql}");
+        }
+        assert!(seen("INSERT INTO x SELECT 1; SELECT 1 INTO y").creates);
+    }
+
+    #[test]
+    fn it_looks_to_the_end() {
+        let behind = |sql: &str| seen(&format!("SET a = 1; {sql}"));
+        assert!(behind("SET LOCAL b = 1").local && behind("INSERT INTO t VALUES (pg_backend_pid())").own_process);
+        assert!(behind("TABLE pg_prepared_statements").lists && behind("SELECT pg_prepared_statement()").lists);
+        assert!(behind("SELECT pg_blocking_pids(1)").processes && behind("DROP TABLE t").frees);
+        assert!(behind("SELECT nextval('a')").advances && behind("CREATE TABLE x AS SELECT 1").creates);
+        assert!(seen("SELECT * FROM \"pg_prepared_statements\"").lists);
+        for set in ["SET LOCAL\na = 1", "SET\x0bLOCAL\ta = 1", "SET/**/LOCAL--\na = 1"] {
+            assert!(seen(set).local, "{set}");
+        }
+        assert!(!seen("SET locality.a = 1").local && !seen("SET local.a = 1").local);
     }
 }

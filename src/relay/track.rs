@@ -298,4 +298,51 @@ mod tests {
             assert!(look(sql.as_bytes(), Lex::default()).unknown, "{sql}");
         }
     }
+
+    #[test]
+    fn a_setting_may_be_called_like_a_word_of_set() {
+        for (sql, name) in [
+            ("SET local.x = 1", "local.x"),
+            ("SET SESSION role . x TO 1", "role.x"),
+            ("SET session.x = 1", "session.x"),
+            ("SET names.x = 1", "names.x"),
+            ("RESET session.x", "session.x"),
+            ("SELECT \"set_config\"('a.x', 'y', false)", "a.x"),
+            ("SELECT set_config('a.x'::text, 'y', false)", "a.x"),
+        ] {
+            let residue = look(sql.as_bytes(), Lex::default());
+            assert_eq!((&*residue.settings, residue.unknown), (&[name.into()][..], false), "{sql}");
+        }
+        for sql in [
+            "SELECT set_config('a.x', 'y', false), f()",
+            "EXPLAIN ANALYZE SELECT set_config('a.x', 'y', false)",
+            "SET ROLE x; SELECT set_config('a.x', 'y', false)",
+        ] {
+            let residue = look(sql.as_bytes(), Lex::default());
+            assert_eq!((&*residue.settings, residue.unknown), (&["a.x".into()][..], true), "{sql}");
+        }
+        for sql in [
+            "SELECT set_config('a.' || 'x', 'y', false)",
+            "INSERT INTO t SELECT \"f\"(1)",
+            "SELECT * FROM \"pg_temp\".t",
+        ] {
+            assert!(look(sql.as_bytes(), Lex::default()).unknown, "{sql}");
+        }
+    }
+
+    #[test]
+    fn what_is_local_may_change_how_texts_are_read() {
+        for (sql, expected) in [
+            ("SET a = 1; SET LOCAL TimeZone = 'UTC'", (true, true)),
+            ("SET LOCAL TIME ZONE 'UTC'", (true, true)),
+            ("SET LOCAL NAMES 'LATIN1'", (true, true)),
+            ("SET LOCAL U&\"search!005fpath\" UESCAPE '!' = x", (true, false)),
+            ("SET LOCAL SCHEMA 'x'", (true, false)),
+            ("SET LOCAL work_mem = 1", (false, false)),
+            ("SET TimeZone = 'UTC'", (false, false)),
+        ] {
+            let residue = look(sql.as_bytes(), Lex::default());
+            assert_eq!((residue.rescopes, residue.rereads), expected, "{sql}");
+        }
+    }
 }
