@@ -21,7 +21,10 @@ pub mod scope;
 pub mod scram;
 pub mod shard;
 pub mod statements;
+#[cfg(test)]
+mod tests;
 pub mod tls;
+mod welcome;
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -48,6 +51,7 @@ use queue::{Place, Queue};
 use residue::Carried;
 use shard::Budget;
 use statements::Registry;
+use welcome::Welcomes;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
@@ -108,7 +112,7 @@ struct State {
     /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
     retired: bool,
     /// What a server reported at login, by startup settings.
-    welcome: Vec<(Arc<Settings>, Arc<Params>)>,
+    welcome: Welcomes,
     /// Equal parameters are kept once, so that comparing them is comparing pointers.
     params: Vec<Arc<Params>>,
     /// The same for settings that are carried.
@@ -333,8 +337,7 @@ impl Pool {
 
     /// What a server reports right after a login with these settings, if one has been seen.
     pub fn welcome(&self, settings: &Arc<Settings>) -> Option<Arc<Params>> {
-        let state = self.state.lock();
-        state.welcome.iter().find(|(have, _)| have == settings).map(|(_, params)| params.clone())
+        self.state.lock().welcome.get(settings)
     }
 
     /// The one of its kind among the parameters of the tenant's clients and servers.
@@ -537,25 +540,21 @@ impl Pool {
         true
     }
 
-    fn opened(self: &Arc<Self>, result: Result<Box<ServerConnection>, PgError>) {
+    fn opened(self: &Arc<Self>, result: Result<Box<ServerConnection>, PgError>, began: Instant) {
         self.state.lock().connecting -= 1;
         match result {
             Ok(conn) => {
-                let mut state = self.state.lock();
-                if !state.welcome.iter().any(|(have, _)| *have == conn.settings) {
-                    state.welcome.push((conn.settings.clone(), conn.params.clone()));
-                }
-                drop(state);
+                self.state.lock().welcome.note(&conn.settings, &conn.params);
                 self.checkin(conn, Instant::now());
                 self.serve();
             }
-            Err(error) => self.login_failed(error),
+            Err(error) => self.login_failed(error, began),
         }
     }
 
-    /// Tells the first in line. If the server is full (another proxy may use it, too), those who wait go on waiting, as
+    /// Tells the first in line, if they have waited since the login began. If the server is full (another proxy may use it, too), those who wait go on waiting, as
     /// they do when our own budget is spent.
-    fn login_failed(self: &Arc<Self>, error: PgError) {
+    fn login_failed(self: &Arc<Self>, error: PgError, began: Instant) {
         if error.code == sqlstate::TOO_MANY_CONNECTIONS {
             self.budget.evict_for(Some(self));
             let pool = self.clone();
@@ -567,10 +566,9 @@ impl Pool {
         }
         let wake = {
             let mut state = self.state.lock();
-            if state.waiters.is_empty() {
-                return;
-            }
-            state.waiters.answer(0, Err(CheckoutError::Failed(error)), Instant::now())
+            // Who came after it began may be luckier: it is not what they would have been told.
+            let waited = state.waiters.oldest().is_some_and(|since| since <= began);
+            waited.then(|| state.waiters.answer(0, Err(CheckoutError::Failed(error)), Instant::now())).flatten()
         };
         if let Some(waker) = wake {
             waker.wake();
@@ -721,12 +719,12 @@ async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
 }
 
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
-    let pool = slot.pool.clone();
+    let (pool, began) = (slot.pool.clone(), Instant::now());
     // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
     let result = pool.connector.clone().connect(slot, settings, application_name).await;
     let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
     outcome.fetch_add(1, Ordering::Relaxed);
-    pool.opened(result.map(Box::new));
+    pool.opened(result.map(Box::new), began);
 }
 
 /// A place in a pool and in its shard's budget. Held by a connection for its whole life; dropping it makes room for

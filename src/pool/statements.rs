@@ -23,10 +23,10 @@ pub struct Statement {
     pub id: u64,
     /// Its name on every server connection, without the NUL.
     pub name: Box<[u8]>,
-    /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
-    pub body: Box<[u8]>,
     /// The body, behind it the scope that it was prepared in (see [`Registry::intern`]).
     key: Box<[u8]>,
+    /// Length of the body.
+    length: usize,
     /// What running it may leave behind in the session.
     pub residue: Residue,
     /// Whether it may have to do with names of prepared statements (`EXECUTE`).
@@ -38,6 +38,17 @@ pub struct Statement {
 }
 
 impl Statement {
+    /// What follows the name in a Parse message: text, NUL, number and OIDs of the parameter types.
+    #[inline]
+    pub fn body(&self) -> &[u8] {
+        &self.key[..self.length]
+    }
+
+    /// About the memory that it takes (bytes).
+    fn cost(&self) -> usize {
+        self.key.len() + size_of::<Self>()
+    }
+
     /// What it was prepared in; see [`Registry::intern`].
     pub fn scope(&self) -> &str {
         scope::home(self.place())
@@ -45,17 +56,17 @@ impl Statement {
 
     /// The same, and behind it where it is used, if literals are read otherwise there.
     fn place(&self) -> &str {
-        std::str::from_utf8(&self.key[self.body.len()..]).unwrap_or_default()
+        std::str::from_utf8(&self.key[self.length..]).unwrap_or_default()
     }
 
     /// Its text.
     pub fn text(&self) -> &[u8] {
-        self.body.split(|&b| b == 0).next().unwrap_or_default()
+        self.body().split(|&b| b == 0).next().unwrap_or_default()
     }
 
     /// Whether what it means depends on the scope.
     pub fn has_scope(&self) -> bool {
-        has_scope(&self.body)
+        has_scope(self.body())
     }
 }
 
@@ -86,7 +97,44 @@ impl Borrow<[u8]> for ByBody {
 #[derive(Debug, Default)]
 pub struct Registry {
     next: Arc<AtomicU64>,
-    known: Mutex<HashSet<ByBody>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    statements: HashSet<ByBody>,
+    /// What they cost.
+    bytes: usize,
+    /// How many there were after those that nobody holds were forgotten last, and what they cost.
+    held: (usize, usize),
+}
+
+impl Known {
+    /// Forgets those that nobody holds, if there are twice as many as were held last, or they cost as much: who closes
+    /// what it prepares must not have it kept.
+    fn tidy(&mut self) {
+        let few = self.statements.len() < TIDY_ABOVE.max(2 * self.held.0);
+        if few && self.bytes <= TIDY_ABOVE_BYTES.max(2 * self.held.1) {
+            return;
+        }
+        self.statements.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
+        // What has room for many keeps it.
+        self.statements.shrink_to(2 * self.statements.len().max(TIDY_ABOVE));
+        self.bytes = self.statements.iter().map(|ByBody(statement)| statement.cost()).sum();
+        self.held = (self.statements.len(), self.bytes);
+    }
+
+    fn insert(&mut self, statement: Arc<Statement>) {
+        self.tidy();
+        self.bytes += statement.cost();
+        self.statements.insert(ByBody(statement));
+    }
+
+    fn remove(&mut self, key: &[u8]) {
+        if let Some(ByBody(statement)) = self.statements.take(key) {
+            self.bytes -= statement.cost();
+        }
+    }
 }
 
 fn key<'a>(scope: &str, body: &'a [u8]) -> Cow<'a, [u8]> {
@@ -136,6 +184,9 @@ fn names_others(body: &[u8]) -> bool {
 /// Known statements above which those that no client holds are forgotten.
 const TIDY_ABOVE: usize = 512;
 
+/// And what they cost above which they are.
+const TIDY_ABOVE_BYTES: usize = 1 << 20;
+
 impl Registry {
     /// An empty registry. Numbers come from `next`, which all registries share: a client that goes from one pool to the
     /// next when its tenant moves takes its statements along.
@@ -147,7 +198,7 @@ impl Registry {
     pub fn accepted(&self, scope: &str, body: &[u8]) -> Option<Arc<Statement>> {
         let known = self.known.lock();
         let usable = |s: &Arc<Statement>| s.accepted.load(Ordering::Relaxed) && !s.outdated.load(Ordering::Relaxed);
-        known.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
+        known.statements.get(&*key(scope, body)).map(|ByBody(statement)| statement.clone()).filter(usable)
     }
 
     /// The statement in the place of this one for a client whose scope is now another. A server may read the text again when it
@@ -158,7 +209,7 @@ impl Registry {
         if !statement.has_scope() || *place == *statement.place() {
             return None;
         }
-        let found = self.intern(&place, &statement.body, || statement.residue.clone());
+        let found = self.intern(&place, statement.body(), || statement.residue.clone());
         if *place != *home {
             found.accepted.fetch_or(statement.accepted.load(Ordering::Relaxed), Ordering::Relaxed);
         }
@@ -168,7 +219,7 @@ impl Registry {
     /// Nothing that was prepared so far is what a client gets that prepares the same text from now on: a table that it
     /// reads may be another one. Who has prepared it keeps it.
     pub fn forget(&self) {
-        self.known.lock().clear();
+        *self.known.lock() = Known::default();
     }
 
     /// The statement with this body (see [`Statement::body`]); `residue` is asked only when it is new. The scope says
@@ -176,23 +227,19 @@ impl Registry {
     pub fn intern(&self, scope: &str, body: &[u8], residue: impl FnOnce() -> Residue) -> Arc<Statement> {
         let key = key(scope, body);
         let mut known = self.known.lock();
-        if let Some(ByBody(statement)) = known.get(&*key) {
+        if let Some(ByBody(statement)) = known.statements.get(&*key) {
             if !statement.outdated.load(Ordering::Relaxed) {
                 return statement.clone();
             }
-            known.remove(&*key);
-        }
-        if known.len() >= TIDY_ABOVE && known.len().is_power_of_two() {
-            known.retain(|ByBody(statement)| Arc::strong_count(statement) > 1);
+            known.remove(&key);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("pgusher_{id}").into_bytes().into();
-        let (body, key, residue): (Box<[u8]>, _, Residue) = (body.into(), key.into(), residue());
-        let names = (residue.unknown || residue.frees) && names_others(&body);
-        let statement =
-            Statement { id, name, body, key, residue, names, accepted: false.into(), outdated: false.into() };
-        let statement = Arc::new(statement);
-        known.insert(ByBody(statement.clone()));
+        let (key, length, residue): (Box<[u8]>, _, Residue) = (key.into(), body.len(), residue());
+        let names = (residue.unknown || residue.frees) && names_others(body);
+        let (accepted, outdated) = (false.into(), false.into());
+        let statement = Arc::new(Statement { id, name, key, length, residue, names, accepted, outdated });
+        known.insert(statement.clone());
         statement
     }
 }
@@ -201,6 +248,8 @@ impl Registry {
 #[derive(Debug, Default)]
 pub struct Prepared {
     have: HashMap<u64, Held>,
+    /// What they cost.
+    bytes: usize,
     clock: u64,
     /// Who parsed the unnamed statement last.
     pub unnamed: Option<UnnamedOwner>,
@@ -215,6 +264,10 @@ struct Held {
     statement: Arc<Statement>,
     used: u64,
 }
+
+/// What the statements of one server connection may cost (bytes), but for one that costs more alone. The server needs
+/// several times as much for them.
+const MAX_BYTES: usize = 4 << 20;
 
 /// A client and the number of its Parse of the unnamed statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,23 +287,25 @@ impl Prepared {
         self.have.get_mut(&id).map(|held| held.used = clock).is_some()
     }
 
-    /// Notes that the statement is being prepared. Returns the one to be closed to stay within `max`.
-    pub fn add(&mut self, statement: Arc<Statement>, max: usize) -> Option<Arc<Statement>> {
+    /// Notes that the statement is being prepared. Returns those to be closed to stay within `max`, and within
+    /// [`MAX_BYTES`].
+    pub fn add(&mut self, statement: Arc<Statement>, max: usize) -> Vec<Arc<Statement>> {
         self.clock += 1;
         let used = self.clock;
-        let victim = if self.have.len() >= max.max(1) {
-            self.have.iter().min_by_key(|(_, held)| held.used).map(|(id, _)| *id)
-        } else {
-            None
-        };
-        let closed = victim.and_then(|id| self.have.remove(&id)).map(|held| held.statement);
+        let mut closed = Vec::new();
+        while self.have.len() >= max.max(1) || self.bytes + statement.cost() > MAX_BYTES {
+            let oldest = self.have.iter().min_by_key(|(_, held)| held.used).map(|(id, _)| *id);
+            let Some(held) = oldest.and_then(|id| self.take(id)) else { break };
+            closed.push(held);
+        }
+        self.bytes += statement.cost();
         self.have.insert(statement.id, Held { statement, used });
         closed
     }
 
     /// Notes that the name of this statement means something else.
     pub fn squat(&mut self, id: u64) {
-        self.have.remove(&id);
+        self.remove(id);
         self.squatted.insert(id);
     }
 
@@ -266,7 +321,13 @@ impl Prepared {
 
     /// Notes that the statement is not there after all.
     pub fn remove(&mut self, id: u64) {
-        self.have.remove(&id);
+        self.take(id);
+    }
+
+    fn take(&mut self, id: u64) -> Option<Arc<Statement>> {
+        let held = self.have.remove(&id)?;
+        self.bytes -= held.statement.cost();
+        Some(held.statement)
     }
 
     /// Notes that the server no longer runs the statement as it was prepared.
@@ -278,14 +339,14 @@ impl Prepared {
 
     /// Takes out the statements that are not to be kept.
     pub fn take_unless(&mut self, keep: impl Fn(u64) -> bool) -> Vec<Arc<Statement>> {
-        let (kept, taken) = std::mem::take(&mut self.have).into_iter().partition(|(id, _)| keep(*id));
-        self.have = kept;
-        taken.into_values().map(|held: Held| held.statement).collect()
+        let others: Vec<u64> = self.have.keys().copied().filter(|id| !keep(*id)).collect();
+        others.into_iter().filter_map(|id| self.take(id)).collect()
     }
 
     /// Notes that nothing is prepared any more.
     pub fn clear(&mut self) {
         self.have.clear();
+        self.bytes = 0;
         self.squatted.clear();
         self.unnamed = None;
     }
@@ -366,10 +427,80 @@ mod tests {
         let registry = Registry::default();
         let [a, b, c] = [b"a\0\0\0", b"b\0\0\0", b"c\0\0\0"].map(|body| registry.intern("", body, Residue::none));
         let mut prepared = Prepared::default();
-        assert!(prepared.add(a.clone(), 2).is_none());
-        assert!(prepared.add(b.clone(), 2).is_none());
+        assert!(prepared.add(a.clone(), 2).is_empty());
+        assert!(prepared.add(b.clone(), 2).is_empty());
         assert!(prepared.touch(a.id));
-        assert_eq!(prepared.add(c, 2).map(|s| s.id), Some(b.id));
+        let closed = prepared.add(c, 2);
+        assert_eq!(closed.iter().map(|s| s.id).collect::<Vec<_>>(), [b.id]);
         assert!(!prepared.touch(b.id));
+    }
+
+    /// A text of this many kilobytes that nobody has seen.
+    fn long(number: usize, kilobytes: usize) -> Vec<u8> {
+        [format!("SELECT {number} --").as_bytes(), &vec![b' '; kilobytes << 10], b"\0\0\0"].concat()
+    }
+
+    fn known_bytes(registry: &Registry) -> usize {
+        registry.known.lock().statements.iter().map(|ByBody(statement)| statement.cost()).sum()
+    }
+
+    #[test]
+    fn what_nobody_holds_takes_no_memory_for_long() {
+        let registry = Registry::default();
+        let kept: Vec<_> = (0..8).map(|n| registry.intern("", &long(n, 100), Residue::none)).collect();
+        for n in 8..300 {
+            registry.intern("", &long(n, 100), Residue::none);
+            let known = known_bytes(&registry);
+            assert!(known < 3 << 20, "{known} after {n}");
+            assert_eq!(registry.known.lock().bytes, known);
+        }
+        for statement in &kept {
+            assert!(Arc::ptr_eq(statement, &registry.intern("", statement.body(), Residue::none)));
+        }
+        registry.intern("", &long(300, 16 << 10), Residue::none);
+        registry.intern("", &long(301, 1), Residue::none);
+        assert!(known_bytes(&registry) < 3 << 20);
+    }
+
+    #[test]
+    fn a_registry_is_tidied_seldom_while_all_is_held() {
+        let registry = Registry::default();
+        let mut tidied = 0;
+        let mut before = (0, 0);
+        let held: Vec<_> = (0..2_000)
+            .map(|n| {
+                let statement = registry.intern("", &long(n, 4), Residue::none);
+                let now = registry.known.lock().held;
+                tidied += usize::from(now != before);
+                before = now;
+                statement
+            })
+            .collect();
+        assert!(tidied < 12, "{tidied}");
+        drop(held);
+        for n in 0..4_000 {
+            registry.intern("", &long(10_000 + n, 0), Residue::none);
+        }
+        assert!(registry.known.lock().statements.len() <= 2 * TIDY_ABOVE);
+    }
+
+    #[test]
+    fn a_server_connection_has_statements_of_some_size_only() {
+        let registry = Registry::default();
+        let mut prepared = Prepared::default();
+        let mut closed = 0;
+        for n in 0..100 {
+            closed += prepared.add(registry.intern("", &long(n, 100), Residue::none), 200).len();
+        }
+        assert_eq!(closed + prepared.len(), 100);
+        assert!((35..=40).contains(&prepared.len()), "{}", prepared.len());
+        // Alone it may cost what it will.
+        let large = registry.intern("", &long(100, 16 << 10), Residue::none);
+        assert_eq!(closed + prepared.add(large.clone(), 200).len(), 100);
+        assert!(prepared.touch(large.id) && prepared.len() == 1);
+        let small = registry.intern("", &long(101, 1), Residue::none);
+        assert_eq!(prepared.add(small, 200)[0].id, large.id);
+        prepared.clear();
+        assert_eq!(prepared.bytes, 0);
     }
 }

@@ -49,10 +49,10 @@ impl Named {
 
     pub(super) fn insert(&mut self, name: Arc<[u8]>, statement: Arc<Statement>) -> Option<Arc<Statement>> {
         let length = name.len();
-        self.bytes += cost(&name, &statement.body);
+        self.bytes += cost(&name, statement.body());
         let before = self.map.insert(name, statement);
         if let Some(before) = &before {
-            self.bytes -= length + before.body.len() + OVERHEAD;
+            self.bytes -= length + before.body().len() + OVERHEAD;
         }
         before
     }
@@ -63,7 +63,7 @@ impl Named {
 
     pub(super) fn remove_entry(&mut self, name: &[u8]) -> Option<(Arc<[u8]>, Arc<Statement>)> {
         let (name, statement) = self.map.remove_entry(name)?;
-        self.bytes -= cost(&name, &statement.body);
+        self.bytes -= cost(&name, statement.body());
         Some((name, statement))
     }
 }
@@ -88,17 +88,17 @@ mod tests {
         let statement = |text: &[u8]| registry.intern("", text, Residue::none);
         let (short, long) = (statement(b"a"), statement(&[b'x'; 500]));
         let mut named = Named::default();
-        let limit = cost(b"n", &long.body) + cost(b"m", &short.body);
-        assert!(!named.is_full(b"n", &long.body, limit));
+        let limit = cost(b"n", long.body()) + cost(b"m", short.body());
+        assert!(!named.is_full(b"n", long.body(), limit));
         named.insert(b"n"[..].into(), long.clone());
-        assert!(named.is_full(b"m", &long.body, limit) && !named.is_full(b"m", &short.body, limit));
-        assert!(!named.is_full(b"m", &long.body, 0));
+        assert!(named.is_full(b"m", long.body(), limit) && !named.is_full(b"m", short.body(), limit));
+        assert!(!named.is_full(b"m", long.body(), 0));
         named.insert(b"n"[..].into(), short.clone());
-        assert!(!named.is_full(b"m", &long.body, limit));
+        assert!(!named.is_full(b"m", long.body(), limit));
         named.insert(b"m"[..].into(), long);
         assert!(named.remove(b"n").is_some() && named.remove(b"n").is_none() && named.remove(b"m").is_some());
         assert_eq!(named.bytes, 0);
         let again: Named = [(b"n"[..].into(), short.clone())].into_iter().collect();
-        assert_eq!(again.bytes, cost(b"n", &short.body));
+        assert_eq!(again.bytes, cost(b"n", short.body()));
     }
 }

@@ -425,7 +425,7 @@ impl Session {
     pub fn text_of(&self, name: &[u8]) -> Option<&[u8]> {
         let body = match name {
             b"" => self.unnamed.as_ref()?.body.as_slice(),
-            name => &self.named.get(name)?.body,
+            name => self.named.get(name)?.body(),
         };
         Some(until_nul(body))
     }
@@ -826,7 +826,7 @@ impl Session {
                 // In an aborted transaction, or in what may be one by then, little can be prepared; and a transaction may
                 // have a search_path of its own.
                 message::close(out, b'S', CHECK);
-                message::parse_with(out, CHECK, &statement.body);
+                message::parse_with(out, CHECK, statement.body());
                 self.push_extended(Expect::InjectedStep(b'3'));
                 self.push_extended(Expect::Checked(parsed));
                 return Ok(Verdict::Instead);
@@ -836,7 +836,7 @@ impl Session {
             return Ok(Verdict::Swallow);
         }
         self.make_room(&statement, max, link, out);
-        message::parse_with(out, &statement.name, &statement.body);
+        message::parse_with(out, &statement.name, statement.body());
         self.push_extended(Expect::Parse(Some(parsed)));
         Ok(Verdict::Replace)
     }
@@ -968,12 +968,12 @@ impl Session {
         UnnamedOwner { client: self.client, serial: self.unnamed_serial }
     }
 
-    /// Notes a statement as prepared on the server, closes the least recently used one if there are too many, and what has
+    /// Notes a statement as prepared on the server, closes those least recently used if there are too many, and what has
     /// its name there.
     fn make_room(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        let victim = link.prepared.add(statement.clone(), max);
+        let victims = link.prepared.add(statement.clone(), max);
         let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
-        for closed in victim.into_iter().chain(squatter) {
+        for closed in victims.into_iter().chain(squatter) {
             message::close(out, b'S', &closed.name);
             self.push_extended(Expect::InjectedClose(closed.id));
         }
@@ -1046,7 +1046,7 @@ impl Session {
     fn address_values(&self, name: &[u8], values: &[u8], ward: &dyn Ward) -> Addressed {
         let (residue, body) = match name {
             b"" => self.unnamed.as_ref().map(|unnamed| (&unnamed.residue, unnamed.body.as_slice())),
-            name => self.named.get(name).map(|statement| (&statement.residue, &*statement.body)),
+            name => self.named.get(name).map(|statement| (&statement.residue, statement.body())),
         }
         .unzip();
         if !residue.is_some_and(|residue| residue.processes) {
@@ -1061,12 +1061,12 @@ impl Session {
 
     /// A statement with the server's process ids in its text, as they are now.
     fn addressed_now(&self, statement: Arc<Statement>, link: &Link<'_>) -> Arc<Statement> {
-        let text = statement.body.split(|&b| b == 0).next().unwrap_or_default();
+        let text = statement.body().split(|&b| b == 0).next().unwrap_or_default();
         let signalled = address::signals(text);
         let Some(mut body) = address::in_text(text, |pid| link.ward.process(pid, signalled)) else {
             return statement;
         };
-        body.extend_from_slice(&statement.body[text.len()..]);
+        body.extend_from_slice(&statement.body()[text.len()..]);
         link.registry.intern(&self.scope, &body, || statement.residue.clone())
     }
 
@@ -1152,7 +1152,7 @@ impl Session {
         let Some(mut body) = translate(text, &uses, &events) else { return (statement, events) };
         self.bring_all(&events, max, link, out);
         self.note_used(&events);
-        body.extend_from_slice(&statement.body[text.len()..]);
+        body.extend_from_slice(&statement.body()[text.len()..]);
         let translated = link.registry.intern(&self.scope, &body, || statement.residue.clone());
         (translated, events)
     }

@@ -98,7 +98,7 @@ impl Session {
             });
             self.step(&select(there), out);
         }
-        message::parse_with(out, &statement.name, &statement.body);
+        message::parse_with(out, &statement.name, statement.body());
         self.push_extended(Expect::Injected(statement.id));
         if elsewhere {
             let back = moved
@@ -194,7 +194,7 @@ fn select(calls: impl Iterator<Item = String>) -> String {
 /// How many parameters a statement has: as many types as were given, and as the highest number in the text says.
 fn parameters(statement: &Statement) -> usize {
     let text = statement.text();
-    let given = statement.body.get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
+    let given = statement.body().get(text.len() + 1..text.len() + 3).map_or(0, |n| u16::from_be_bytes([n[0], n[1]]));
     let number = |token: &Token| if let Token::Parameter(number) = token { *number } else { 0 };
     let highest = lex::tokens(text, Lex::default()).iter().map(number).max().unwrap_or(0);
     usize::from(given.max(highest))

@@ -1,0 +1,59 @@
+use tokio::io::DuplexStream;
+
+use super::*;
+use crate::config::Config;
+use crate::directory::Shard;
+use crate::stream::{Socket, Stream};
+use crate::tenant::{Plan, Status};
+use passwords::Passwords;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A pool, and the far ends of the sockets of its server connections as they are opened.
+fn pool() -> (Arc<Pool>, mpsc::UnboundedReceiver<DuplexStream>) {
+    let tenant = Arc::new(Tenant {
+        id: TenantId::parse("client_001").unwrap(),
+        plan: Plan::parse("schema").unwrap(),
+        shard: Arc::new(Shard { port: 1, max_db_connections: 100, ..Shard::for_tests("shard_1") }),
+        status: Status::Active,
+        epoch: 1,
+        verifier: None,
+        names: None,
+        managed: true,
+    });
+    let metrics = Arc::new(Metrics::new(1));
+    let tls = Arc::new(tls::ClientTls::new(&crate::config::Tls::default()).unwrap());
+    let passwords = Passwords::new(&Config::default());
+    let mut connector = Connector::new(tls, passwords, PATIENCE, Duration::ZERO, metrics.clone());
+    let (dialled, far_ends) = mpsc::unbounded_channel();
+    connector.dial = Some(Arc::new(move || {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        dialled.send(far).unwrap();
+        Stream::Plain(Socket::Other(Box::new(near)))
+    }));
+    let limits = Limits { default_pool_size: 50, server_idle_timeout: Duration::ZERO };
+    let pools = Pools::new(Arc::new(connector), limits, metrics);
+    (pools.get(&tenant), far_ends)
+}
+
+async fn next(far_ends: &mut mpsc::UnboundedReceiver<DuplexStream>) -> DuplexStream {
+    tokio::time::timeout(PATIENCE, far_ends.recv()).await.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
+    let (pool, mut far_ends) = pool();
+    let wait = |pool: &Arc<Pool>| pool.wait(&Arc::default(), &"".into(), PATIENCE);
+    let gone = wait(&pool);
+    let first = next(&mut far_ends).await;
+    drop(gone);
+    let mut late = wait(&pool);
+    drop(first);
+    let second = tokio::select! {
+        (answer, _) = &mut late => panic!("{:?}", answer.err()),
+        far = next(&mut far_ends) => far,
+    };
+    drop(second);
+    let (answer, _) = tokio::time::timeout(PATIENCE, late).await.unwrap();
+    assert!(matches!(answer, Err(CheckoutError::Failed(_))));
+}
