@@ -650,9 +650,10 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 
 impl State {
     /// How many connections are opened at a time. A burst of short transactions is over before it has a connection for
-    /// each of them, and opening those would cost more than the work.
+    /// each of them, and opening those would cost more than the work: while a server forks, others wait, and who waits then
+    /// says nothing about how many are needed.
     fn at_once(&self) -> usize {
-        MIN_AT_ONCE.max((self.open - self.connecting.min(self.open)) / 4)
+        MIN_AT_ONCE.max((self.open - self.connecting.min(self.open)) / 16)
     }
 
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {

@@ -57,3 +57,11 @@ async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
     let (answer, _) = tokio::time::timeout(PATIENCE, late).await.unwrap();
     assert!(matches!(answer, Err(CheckoutError::Failed(_))));
 }
+
+#[test]
+fn a_pool_that_is_larger_than_needed_does_not_grow_the_faster_for_it() {
+    let at_once = |open, connecting| State { open, connecting, ..State::default() }.at_once();
+    // From nothing, two at a time: 50 take 25 times as long as one login.
+    assert_eq!([at_once(0, 0), at_once(2, 2), at_once(9, 1), at_once(24, 0)], [2; 4]);
+    assert_eq!(at_once(200, 8), 12);
+}

@@ -891,8 +891,10 @@ impl Session {
 
     /// The statement that all share who prepare this; the client's own where nobody knows how literals are read.
     fn shared(&self, body: &[u8], residue: impl FnOnce() -> Residue, link: &Link<'_>) -> Arc<Statement> {
-        let known = !(self.rereads || self.residue.unknown || self.residue.resets)
-            && !self.residue.settings.iter().any(|name| scope::has_for_literals(name));
+        let known = !(self.rereads
+            || self.residue.unknown
+            || self.residue.resets
+            || self.residue.settings.iter().any(|name| scope::has_for_literals(name)));
         if known || !has_scope(body) {
             return link.registry.intern(&self.scope, body, residue);
         }
@@ -1530,7 +1532,7 @@ impl Session {
     }
 
     /// A statement of ours that the server does not have: a function has taken it away (`EXECUTE 'DEALLOCATE ALL'`).
-    fn note_gone(&mut self, error: &[u8], prepared: &mut Prepared) {
+    fn note_gone(&self, error: &[u8], prepared: &mut Prepared) {
         let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
         else {

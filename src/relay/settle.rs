@@ -131,7 +131,7 @@ pub fn has_doubtful_names(residue: &Residue, params: &Params) -> bool {
     let certain = params.get("client_encoding") == Some("UTF8")
         && !residue.unknown
         && !residue.settings.iter().any(|name| &**name == "client_encoding");
-    residue.settings.iter().any(|name| !name.is_ascii() && !(certain && !name.contains(char::REPLACEMENT_CHARACTER)))
+    residue.settings.iter().any(|name| !name.is_ascii() && (!certain || name.contains(char::REPLACEMENT_CHARACTER)))
 }
 
 /// What was asked for as the hexadecimal digits of its UTF-8.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgusher::config::PoolMode;
 
-use crate::raw::{Batch, Raw, show};
+use crate::raw::{Batch, Message, Raw, show};
 use crate::world::World;
 
 const MODES: [PoolMode; 3] = [PoolMode::Auto, PoolMode::Session, PoolMode::Transaction];
@@ -54,9 +54,10 @@ async fn a_burst_of_short_transactions_is_over_before_each_has_a_connection() {
     let open = world.server_processes().await;
     assert!(open <= 20, "{open}");
     // Long ones get what they need.
-    let work = clients.iter_mut().map(|client| client.query("SELECT pg_backend_pid(), pg_sleep(2)"));
+    let work = clients.iter_mut().map(|client| client.query("BEGIN; SELECT pg_backend_pid()"));
     let answers = futures_util::future::join_all(work).await;
-    let pids: BTreeSet<String> = answers.iter().map(|a| a[1].values()[0].clone()).collect();
+    let row = |answer: &Vec<Message>| answer.iter().find(|m| m.tag == b'D').unwrap().values().swap_remove(0);
+    let pids: BTreeSet<String> = answers.iter().map(row).collect();
     assert_eq!(pids.len(), 40);
 }
 
