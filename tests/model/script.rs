@@ -222,12 +222,11 @@ impl Script {
                 self.simple(&mut step, free, statements);
             }
             10..13 => self.unnamed(&mut step, free),
-            13..15 if !self.moved => self.prepared(&mut step, free),
-            13..15 => self.unnamed(&mut step, free),
-            // What has the name may be the beginning of a transaction.
+            // What has the name, and keeps it where it is prepared again, may be the beginning of a transaction.
+            13..15 if !self.moved && free => self.prepared(&mut step, free),
             15 if free => self.named(&mut step),
-            15 => self.unnamed(&mut step, free),
-            16 => self.apart(&mut step, free),
+            16 if free => self.apart(&mut step, free),
+            13..17 => self.unnamed(&mut step, free),
             17 => self.pipeline(&mut step, free),
             18 => self.flushed(&mut step, free),
             _ => self.copy(&mut step),
