@@ -61,7 +61,8 @@ def libpq(world, kind, env, out):
 def pgx(world, kind, env, out):
     cwd = tree("golang-github-jackc-pgx-v5", "github.com/jackc/pgx/v5")
     # What its instructions say to set up: postgresql_setup.sql, without the roles for other ways to log in.
-    world.own.sql("CREATE EXTENSION hstore; CREATE EXTENSION ltree; CREATE DOMAIN uint64 AS numeric(20,0)", env["PGDATABASE"])
+    if kind != "ordinary":
+        world.own.sql("CREATE EXTENSION hstore; CREATE EXTENSION ltree; CREATE DOMAIN uint64 AS numeric(20,0)", env["PGDATABASE"])
     place = " ".join(f"{name}={env[f'PG{variable}']}" for name, variable in (
         ("host", "HOST"), ("port", "PORT"), ("user", "USER"), ("password", "PASSWORD"), ("dbname", "DATABASE")))
     # Its parts are packages, as in `pgx:./pgconn,./stdlib`; `.` is the first one.

@@ -93,6 +93,8 @@ def suite(world, kind, env, out, binary, tests, words):
         os.umask(old)
     command = [binary, f"--bindir={world.own.bin}", f"--inputdir={tests}", f"--outputdir={home}", f"--host={env['PGHOST']}",
                f"--port={env['PGPORT']}", f"--user={env['PGUSER']}", "--max-concurrent-tests=20", *words]
+    if kind == "ordinary":
+        command += ["--use-existing", f"--dbname={env['PGDATABASE']}"]
     if world.parts:
         command = [*(word for word in command if not str(word).startswith("--schedule")), *world.parts]
     with open(home / "printed", "w") as printed:
