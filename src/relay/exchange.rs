@@ -542,6 +542,10 @@ impl Relay {
                 _ => {}
             }
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
+            if header.tag == b'Z' && self.session.is_in_doubt() {
+                // In the place of a ReadyForQuery that may not be the last.
+                return Err(Outcome::Told(copy_in_doubt()));
+            }
             match verdict.map_err(|desync| out_of_step(&desync))? {
                 Verdict::Forward if header.tag == b'Z' && self.holds_ready() && self.session.is_idle() => {
                     self.held = true;
@@ -556,9 +560,6 @@ impl Relay {
                 }
             }
             if header.tag == b'Z' {
-                if self.session.is_in_doubt() {
-                    return Err(Outcome::Told(copy_in_doubt()));
-                }
                 self.account();
             }
         }

@@ -1531,15 +1531,20 @@ impl Session {
         Verdict::Forward
     }
 
-    /// A statement of ours that the server does not have: a function has taken it away (`EXECUTE 'DEALLOCATE ALL'`).
-    fn note_gone(&self, error: &[u8], prepared: &mut Prepared) {
+    /// A statement of ours that the server no longer runs, or does not have.
+    fn note_unusable(&self, error: &PgError, prepared: &mut Prepared) {
         let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
             self.expects.front()
         else {
             return;
         };
-        let error = server_error(error);
+        if error.code == sqlstate::FEATURE_NOT_SUPPORTED {
+            // "cached plan must not change result type": a table has changed under it. On a server the client would
+            // prepare again under another name; that must not bring it back to this one.
+            prepared.outdate(*id);
+        }
         if error.code == sqlstate::UNKNOWN_STATEMENT && error.message.contains(&format!("\"pgusher_{id}\"")) {
+            // A function has taken it away (`EXECUTE 'DEALLOCATE ALL'`).
             prepared.remove(*id);
         }
     }
@@ -1581,26 +1586,19 @@ impl Session {
         self.copy_in = false;
         self.in_doubt |= self.copy_began && self.sync_in_copy;
         self.may_advance(prepared);
-        if let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
-            self.expects.front()
-            && server_error(&frame[HEADER..]).code == sqlstate::FEATURE_NOT_SUPPORTED
-        {
-            // "cached plan must not change result type": a table has changed under it. On a server the client would
-            // prepare again under another name; that must not bring it back to this one.
-            prepared.outdate(*id);
-        }
-        self.note_gone(&frame[HEADER..], prepared);
+        let error = server_error(&frame[HEADER..]);
+        self.note_unusable(&error, prepared);
         let verdict = match self.expects.front() {
-            Some(Expect::RefusedQuery(error) | Expect::RefusedParse(error)) => {
-                message::error_response(out, error);
+            Some(Expect::RefusedQuery(ours) | Expect::RefusedParse(ours)) => {
+                message::error_response(out, ours);
                 Verdict::Instead
             }
             // Its farewell is for the client.
-            _ if server_error(&frame[HEADER..]).severity == Severity::Fatal => Verdict::Forward,
+            _ if error.severity == Severity::Fatal => Verdict::Forward,
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => Verdict::Swallow,
             Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
-                self.note_unprepared(server_error(&frame[HEADER..]));
+                self.note_unprepared(error);
                 Verdict::Swallow
             }
             _ if self.rename_in_error(frame, out) || explain_denied_lock(frame, out) => Verdict::Instead,

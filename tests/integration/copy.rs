@@ -231,15 +231,14 @@ async fn a_sync_in_the_middle_of_copy_data_that_fails_leaves_nothing_to_the_next
         b.sync();
     })
     .await;
-    // A server that sees the Sync while it still reads the data ignores it, and answers the other one only.
+    // The answer to the first Sync, if there is one, is for nobody.
     let mut said = Vec::new();
     while !said.iter().any(|message: &crate::raw::Message| message.tag == b'Z') {
         let Some(message) = raw.next().await else { break };
         said.push(message);
     }
     let said = show(&said);
-    assert!(said.ends_with("E(08P01)") || said.ends_with("E(22P02) Z(I)"), "{said}");
-    raw.terminate().await;
+    assert!(said.ends_with("E(22P02) E(08P01)"), "{said}");
     let mut next = world.raw("client_001").await;
     assert_eq!(next.value("SELECT 1").await, "1");
 }
