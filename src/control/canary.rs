@@ -159,10 +159,8 @@ impl Control {
     /// The plans of a shard: that of new tenants, and those of its tenants.
     async fn offered(&self, shard: &Shard) -> Result<Vec<Plan>, PgError> {
         let catalog = self.catalog().await?;
-        let sql = "SELECT DISTINCT plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted'";
-        let rows = catalog.query(sql, &[&shard.name]).await.map_err(failed("read the catalog"))?;
+        let mut plans = records::ShardRecord::plans(&*catalog, &shard.name).await?;
         catalog.give_back().await;
-        let mut plans: Vec<Plan> = rows.iter().filter_map(|row| Plan::parse(row.get(0))).collect();
         plans.push(self.config.provision.plan);
         Ok(Plan::ALL.into_iter().filter(|plan| plans.contains(plan) && !plan.wants_own_shard()).collect())
     }

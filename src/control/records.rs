@@ -159,6 +159,15 @@ impl ShardRecord {
             .collect())
     }
 
+    /// The plans of the tenants that live on a shard; takes no longer where there are many.
+    pub(crate) async fn plans(client: &impl GenericClient, shard: &str) -> Result<Vec<Plan>, PgError> {
+        let sql = "SELECT p FROM unnest($2::text[]) p, LATERAL (SELECT FROM pgusher.tenants t \
+                   WHERE t.shard = $1 AND t.plan = p AND t.status <> 'deleted' LIMIT 1) one";
+        let all = Plan::ALL.map(Plan::as_str);
+        let rows = client.query(sql, &[&shard, &all.as_slice()]).await.map_err(failed("read the catalog"))?;
+        Ok(rows.iter().filter_map(|row| Plan::parse(row.get(0))).collect())
+    }
+
     /// Writes the shard; whether that changed anything.
     pub(crate) async fn put(&self, client: &impl GenericClient) -> Result<bool, PgError> {
         let sql = "INSERT INTO pgusher.shards AS s (name, host, port, database, weight, region, max_db_connections, \

@@ -226,10 +226,9 @@ impl Control {
         }
         self.ensure_setup(shard, self.config.provision.plan).await?;
         let catalog = self.catalog().await?;
-        let sql = "SELECT DISTINCT plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted'";
-        let rows = catalog.query(sql, &[&shard.name]).await.map_err(failed("read the catalog"))?;
+        let plans = ShardRecord::plans(&*catalog, &shard.name).await?;
         catalog.give_back().await;
-        for plan in rows.iter().filter_map(|row| Plan::parse(row.get(0))) {
+        for plan in plans {
             self.ensure_setup(shard, plan).await?;
         }
         self.prepared.insert(key, ());
@@ -402,10 +401,18 @@ impl Control {
 /// A shard is for one tenant, perhaps a superuser on it, or for many: which of the two does not change while somebody
 /// lives there who was promised the other.
 async fn check_dedication(catalog: &Admin, record: &ShardRecord) -> Result<(), PgError> {
-    let sql = "SELECT id, plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted' \
-               AND CASE WHEN $2::text IS NULL THEN plan = 'cluster' ELSE plan <> 'cluster' OR id <> $2 END \
-               ORDER BY id LIMIT 1";
-    let found = catalog.query_opt(sql, &[&record.name, &record.dedicated_to]).await;
+    // Two questions, since each finds its answer in the index, whatever the number of tenants; one for both would not.
+    let of_the_shard = "SELECT id, plan FROM pgusher.tenants WHERE shard = $1 AND status <> 'deleted'";
+    let found = match &record.dedicated_to {
+        None => {
+            let sql = format!("{of_the_shard} AND plan = 'cluster' ORDER BY id LIMIT 1");
+            catalog.query_opt(&sql, &[&record.name]).await
+        }
+        Some(tenant) => {
+            let sql = format!("{of_the_shard} AND (plan <> 'cluster' OR id <> $2) ORDER BY plan, id LIMIT 1");
+            catalog.query_opt(&sql, &[&record.name, tenant]).await
+        }
+    };
     let Some(row) = found.map_err(failed("read the catalog"))? else { return Ok(()) };
     let (id, plan): (&str, &str) = (row.get(0), row.get(1));
     let wanted = match &record.dedicated_to {

@@ -35,6 +35,7 @@ const MIGRATION_LOCK: i64 = 0x70_67_75_73_68_65_72;
 const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "catalog", include_str!("migrations/0001_catalog.sql")),
     (2, "plans", include_str!("migrations/0002_plans.sql")),
+    (3, "plans of a shard", include_str!("migrations/0003_plans_of_a_shard.sql")),
 ];
 
 /// Removals older than this are forgotten ten times later; who has not read for so long reads everything.
