@@ -337,6 +337,17 @@ impl Stream {
 }
 
 impl Detached {
+    /// Whether nothing has arrived, the end of the stream included. One system call; what has arrived is spoilt by it.
+    pub fn is_quiet(&self) -> bool {
+        use std::io::Read as _;
+        let mut byte = [0; 1];
+        let read = match &self.socket {
+            DetachedSocket::Tcp(s) => (&*s).read(&mut byte),
+            DetachedSocket::Unix(s) => (&*s).read(&mut byte),
+        };
+        matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
     /// Puts the stream into the runtime of the calling task.
     ///
     /// # Errors

@@ -20,10 +20,11 @@ use super::passwords::Passwords;
 use super::recent::Recent;
 use super::residue::Carried;
 use super::scram::{CachedKeys, Scram, ServerProof};
+use super::spare::{self, Spare};
 use super::statements::Prepared;
 use super::tls::ClientTls;
 use super::{DATABASE, Settings, Slot};
-use crate::directory::Shard;
+use crate::directory::{Shard, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
 use crate::metrics::Metrics;
 use crate::stream::{Socket, Stream};
@@ -76,6 +77,7 @@ struct Role {
 pub struct Dialer {
     shard: Arc<Shard>,
     tls: Arc<ClientTls>,
+    pub(super) spare: Spare,
 }
 
 /// What a test puts around the sockets of server connections.
@@ -179,7 +181,7 @@ impl Connector {
         {
             return dialer.clone();
         }
-        let dialer = Arc::new(Dialer { shard: shard.clone(), tls: self.tls.clone() });
+        let dialer = Arc::new(Dialer::new(shard.clone(), self.tls.clone()));
         self.dialers.insert(shard.name.clone(), dialer.clone());
         dialer
     }
@@ -237,6 +239,24 @@ impl Connector {
         dialer.dial().await
     }
 
+    /// A connection that a login has left behind.
+    fn spare(&self, dialer: &Dialer) -> Option<Stream> {
+        #[cfg(test)]
+        if self.dial.is_some() || self.wrap.is_some() {
+            return None;
+        }
+        dialer.spare.take()
+    }
+
+    /// Leaves one behind for the next login.
+    fn leave_spare(&self, dialer: &Arc<Dialer>) {
+        #[cfg(test)]
+        if self.dial.is_some() || self.wrap.is_some() {
+            return;
+        }
+        spare::leave(dialer, spare::KEPT);
+    }
+
     async fn login(
         &self,
         slot: Slot,
@@ -246,7 +266,6 @@ impl Connector {
         let tenant = slot.pool().tenant().clone();
         let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
-        let mut stream = self.dial(&dialer).await?;
         let mut out = BytesMut::with_capacity(256);
         let ours = tenant.startup_settings();
         // Among the settings there is a database only where the plan lets clients choose it.
@@ -259,25 +278,26 @@ impl Connector {
         let names = tenant.plan.startup_defaults().iter().copied().chain(names);
         let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
         message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
-        stream.send_all(&out).await?;
-        let mut login = Login { stream, buf: Vec::new(), read: 0 };
-        let password = self.passwords.of(&tenant);
-        let known = (tenant.shard.name.clone(), role.name.clone());
-        let cached = self.keys.get(&known).map(|keys| keys.clone());
-        if let Some(keys) = login.authenticate(&role.name, password.expose(), cached).await? {
-            if self.keys.len() >= MAX_CACHED_KEYS {
-                self.keys.clear();
-            }
-            self.keys.insert(known, keys);
-        }
-        let (params, pid, secret) = login.finish(&role).await?;
+        let entered = match self.spare(&dialer) {
+            // Its process may be older than a restart, or than a lack of room: who is refused on it tries once more.
+            Some(spare) => match self.enter(dialer.secure(spare).await, &tenant, &role, &out).await {
+                Err(ServerError::Io(_) | ServerError::Server(_)) => None,
+                other => Some(other?),
+            },
+            None => None,
+        };
+        let (stream, params, pid, secret) = match entered {
+            Some(entered) => entered,
+            None => self.enter(self.dial(&dialer).await, &tenant, &role, &out).await?,
+        };
+        self.leave_spare(&dialer);
         let cancels = Arc::new(UnderWay::default());
         let target = Target { dialer, pid, secret: secret.into(), under_way: cancels.clone() };
         let now = Instant::now();
         let lifetime =
             if self.server_lifetime.is_zero() { Duration::from_secs(10 * 365 * 86_400) } else { self.server_lifetime };
         Ok(ServerConnection {
-            stream: login.stream,
+            stream,
             settings,
             params: slot.pool().intern(Arc::new(params)),
             applied: slot.pool().intern_carried(Arc::default()),
@@ -295,7 +315,33 @@ impl Connector {
             disguised: false,
         })
     }
+
+    /// Logs in with that startup packet.
+    async fn enter(
+        &self,
+        stream: Result<Stream, ServerError>,
+        tenant: &Tenant,
+        role: &Role,
+        startup: &[u8],
+    ) -> Result<Entered, ServerError> {
+        let mut stream = stream?;
+        stream.send_all(startup).await?;
+        let mut login = Login { stream, buf: Vec::new(), read: 0 };
+        let password = self.passwords.of(tenant);
+        let known = (tenant.shard.name.clone(), role.name.clone());
+        let cached = self.keys.get(&known).map(|keys| keys.clone());
+        if let Some(keys) = login.authenticate(&role.name, password.expose(), cached).await? {
+            if self.keys.len() >= MAX_CACHED_KEYS {
+                self.keys.clear();
+            }
+            self.keys.insert(known, keys);
+        }
+        let (params, pid, secret) = login.finish(role).await?;
+        Ok((login.stream, params, pid, secret))
+    }
 }
+
+type Entered = (Stream, Params, u32, Vec<u8>);
 
 fn unreachable(shard: &Shard) -> PgError {
     PgError::fatal(sqlstate::CANNOT_CONNECT, format!("cannot connect to shard \"{}\"", shard.name))
@@ -303,25 +349,36 @@ fn unreachable(shard: &Shard) -> PgError {
 }
 
 impl Dialer {
+    pub(super) fn new(shard: Arc<Shard>, tls: Arc<ClientTls>) -> Self {
+        Self { shard, tls, spare: Spare::default() }
+    }
+
     /// Connects, with TLS as `server_tls_sslmode` wants it.
     ///
     /// # Errors
     /// Those of the socket and of TLS.
     pub async fn dial(&self) -> Result<Stream, ServerError> {
+        self.secure(self.reach().await?).await
+    }
+
+    /// Connects, and says nothing.
+    pub(super) async fn reach(&self) -> std::io::Result<Stream> {
         let (host, port) = (self.shard.host.as_str(), self.shard.port);
         if host.starts_with('/') {
             let socket = UnixStream::connect(format!("{host}/.s.PGSQL.{port}")).await?;
             return Ok(Stream::Plain(Socket::Unix(socket)));
         }
-        let plain = || async {
-            let socket = TcpStream::connect((host, port)).await?;
-            socket.set_nodelay(true)?;
-            let peer = socket.peer_addr()?.ip();
-            Ok::<_, ServerError>(Stream::Plain(Socket::tcp(socket, peer)))
-        };
-        let mut stream = plain().await?;
+        let socket = TcpStream::connect((host, port)).await?;
+        socket.set_nodelay(true)?;
+        let peer = socket.peer_addr()?.ip();
+        Ok(Stream::Plain(Socket::tcp(socket, peer)))
+    }
+
+    /// Begins TLS on a connection, if `server_tls_sslmode` wants it.
+    async fn secure(&self, mut stream: Stream) -> Result<Stream, ServerError> {
         let tls = self.tls.current();
-        if !tls.asks() {
+        let host = self.shard.host.as_str();
+        if host.starts_with('/') || !tls.asks() {
             return Ok(stream);
         }
         let mut request = BytesMut::new();

@@ -20,6 +20,7 @@ pub mod residue;
 pub mod scope;
 pub mod scram;
 pub mod shard;
+mod spare;
 pub mod statements;
 #[cfg(test)]
 mod tests;
