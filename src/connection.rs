@@ -26,7 +26,7 @@ use crate::config::{AuthType, GuardMode, PoolMode};
 use crate::control::canary::WITHOUT_GUARD;
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, Severity, sqlstate};
-use crate::metrics::TenantStats;
+use crate::metrics::Present;
 use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::{CheckoutError, DATABASE, Lease, Settings};
@@ -327,61 +327,55 @@ async fn make(shared: &Shared, login: &Login, id: &TenantId, user: &str) -> Resu
 /// Greets a client that has been handed over, and leaves it to a task that holds no more than the relay needs. Runs on
 /// the tenant's worker.
 pub async fn serve(admitted: Admitted, shared: Arc<Shared>, worker: Arc<relay::Worker>) {
-    let stats = shared.metrics.tenant(admitted.tenant.id.as_str());
-    let goodbye = Goodbye {
-        tenant: admitted.tenant.clone(),
-        user: admitted.user.as_str().into(),
-        peer: admitted.peer.to_string().into(),
-        id: admitted.id,
-        started: tokio::time::Instant::now(),
-        log: admitted.settled.log_connections,
-        stats,
-    };
-    goodbye.stats.clients.fetch_add(1, Ordering::Relaxed);
-    match greet(admitted, &shared, &worker, &goodbye).await {
+    let visit = Visit { began: tokio::time::Instant::now(), log: admitted.settled.log_connections };
+    let (tenant, id) = (admitted.tenant.clone(), admitted.id);
+    let (user, from): (Arc<str>, Arc<str>) = (admitted.user.as_str().into(), admitted.peer.to_string().into());
+    match greet(admitted, &shared, &worker, (user.clone(), from.clone())).await {
         Ok((client, early, entries)) => {
             // At the end of the one future, not around it: a future that is passed on is kept twice.
-            tokio::spawn(relay::run(client, &early, worker, move |end| {
-                drop(entries);
-                goodbye.say(&end);
+            tokio::spawn(relay::run(client, &early, worker, entries, move |client, end| {
+                visit.over(
+                    &Who { tenant: &client.tenant.id, user: &client.user, from: &client.from, id: client.id },
+                    &end,
+                );
             }));
         }
-        Err(Some(reason)) => goodbye.say(&End::Told(reason)),
-        Err(None) => goodbye.say(&End::Lost),
+        Err(reason) => {
+            let end = reason.map_or(End::Lost, End::Told);
+            visit.over(&Who { tenant: &tenant.id, user: &user, from: &from, id }, &end);
+        }
     }
 }
 
-/// What is counted and logged when a client goes.
-struct Goodbye {
-    tenant: Arc<Tenant>,
-    user: Arc<str>,
-    peer: Arc<str>,
+/// Who a line of the log is about.
+struct Who<'a> {
+    tenant: &'a TenantId,
+    user: &'a str,
+    from: &'a str,
     id: u64,
-    started: tokio::time::Instant,
-    log: bool,
-    stats: Arc<TenantStats>,
 }
 
-impl Goodbye {
-    fn say(&self, end: &End) {
+/// From the greeting to the end.
+struct Visit {
+    began: tokio::time::Instant,
+    log: bool,
+}
+
+impl Visit {
+    /// Logs that it is over.
+    fn over(&self, who: &Who<'_>, end: &End) {
         if !self.log {
             return;
         }
-        let seconds = self.started.elapsed().as_secs_f64();
+        let seconds = self.began.elapsed().as_secs_f64();
         let why = match end {
             End::Lost => "client lost".to_owned(),
             End::Left => "client left".to_owned(),
             End::Server => "server closed".to_owned(),
             End::Told(error) => error.to_string(),
         };
-        let Self { tenant, user, peer, id, .. } = self;
-        tracing::info!(tenant = %tenant.id, user = &**user, peer = &**peer, id, seconds, why, "client disconnected");
-    }
-}
-
-impl Drop for Goodbye {
-    fn drop(&mut self) {
-        self.stats.clients.fetch_sub(1, Ordering::Relaxed);
+        let Who { tenant, user, from: peer, id } = who;
+        tracing::info!(%tenant, user, peer, id, seconds, why, "client disconnected");
     }
 }
 
@@ -391,8 +385,9 @@ async fn greet(
     admitted: Admitted,
     shared: &Arc<Shared>,
     worker: &Arc<relay::Worker>,
-    goodbye: &Goodbye,
+    (user, from): (Arc<str>, Arc<str>),
 ) -> Result<(Client, BytesMut, (Registered, Counted)), Option<PgError>> {
+    let stats = Present::new(shared.metrics.tenant(admitted.tenant.id.as_str()));
     let mut stream = admitted.stream.arrive().map_err(|_| None)?;
     let signals = Arc::new(Signals::default());
     let registered = shared.sessions.register(&admitted.tenant.id, admitted.id, signals.clone());
@@ -435,7 +430,7 @@ async fn greet(
     let client = Client {
         id: admitted.id,
         stream,
-        stats: shared.metrics.tenant(admitted.tenant.id.as_str()),
+        stats,
         tenant: admitted.tenant,
         seen: admitted.seen,
         settings,
@@ -446,8 +441,8 @@ async fn greet(
         signals,
         rules,
         replicates,
-        user: goodbye.user.clone(),
-        from: goodbye.peer.clone(),
+        user,
+        from,
     };
     Ok((client, admitted.input, (registered, admitted._counted)))
 }

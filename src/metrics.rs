@@ -135,6 +135,33 @@ pub struct TenantStats {
     pub clients: AtomicUsize,
 }
 
+/// One client more of a tenant, as long as this lives.
+#[derive(Debug)]
+pub struct Present(Arc<TenantStats>);
+
+impl Present {
+    /// Counts it.
+    pub fn new(stats: Arc<TenantStats>) -> Self {
+        stats.clients.fetch_add(1, Ordering::Relaxed);
+        Self(stats)
+    }
+}
+
+impl std::ops::Deref for Present {
+    type Target = TenantStats;
+
+    #[inline]
+    fn deref(&self) -> &TenantStats {
+        &self.0
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Default for TenantStats {
     fn default() -> Self {
         Self {

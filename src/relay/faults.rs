@@ -455,7 +455,7 @@ impl Bench {
             lease: None,
             replicates: false,
             signals,
-            stats: self.worker.metrics.tenant(lane.tenant.id.as_str()),
+            stats: Present::new(self.worker.metrics.tenant(lane.tenant.id.as_str())),
             rules: Arc::new(rules),
             user: lane.tenant.id.as_str().into(),
             from: "test".into(),
@@ -515,7 +515,7 @@ async fn play(mut socket: tokio::io::DuplexStream, steps: &[Do], key: Option<Can
 /// The relay, and how it ended.
 async fn serve(client: Client, worker: Arc<Worker>) -> End {
     let mut how = End::Lost;
-    run(client, &[], worker, |end| how = end).await;
+    run(client, &[], worker, (), |_, end| how = end).await;
     how
 }
 

@@ -37,7 +37,7 @@ use crate::client::signals::{Signal, Signals};
 use crate::config::{GuardMode, PoolMode};
 use crate::directory::{Directory, Tenant};
 use crate::error::{PgError, sqlstate};
-use crate::metrics::{self, Metrics, TenantStats, WorkerStats};
+use crate::metrics::{self, Metrics, Present, WorkerStats};
 use crate::pool::cancel::Key;
 use crate::pool::connect::{ServerError, server_error};
 use crate::pool::lease::CheckIn;
@@ -132,7 +132,7 @@ pub struct Client {
     /// How to reach its task.
     pub signals: Arc<Signals>,
     /// Its tenant's counters.
-    pub stats: Arc<TenantStats>,
+    pub stats: Present,
     /// What to do.
     pub rules: Arc<Rules>,
     /// Whether it is a replication connection.
@@ -156,14 +156,15 @@ pub enum End {
     Server,
 }
 
-/// Serves the client until it leaves, and says how that came; `early` is what it has sent already. Dropping the future
-/// closes both connections.
-pub fn run<F: FnOnce(End) + Send>(
+/// Serves the client until it leaves, and says how that came; `early` is what it has sent already, `entries` goes last.
+/// Dropping the future closes both connections.
+pub fn run<E: Send, F: FnOnce(&Client, End) + Send>(
     client: Client,
     early: &[u8],
     worker: Arc<Worker>,
+    entries: E,
     at_end: F,
-) -> impl Future<Output = ()> + Send + use<F> {
+) -> impl Future<Output = ()> + Send + use<E, F> {
     // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, early, worker);
     async move {
@@ -176,8 +177,9 @@ pub fn run<F: FnOnce(End) + Send>(
         }
         relay.up.put_away(&relay.worker.buffers);
         relay.down.put_away(&relay.worker.buffers);
+        at_end(&relay.client, end);
         drop(relay);
-        at_end(end);
+        drop(entries);
     }
 }
 

@@ -370,12 +370,12 @@ impl World {
             lease: None,
             replicates: false,
             signals,
-            stats: self.worker.metrics.tenant(pg::ROLE),
+            stats: Present::new(self.worker.metrics.tenant(pg::ROLE)),
             rules: Arc::new(rules),
             user: pg::ROLE.into(),
             from: "test".into(),
         };
-        tokio::spawn(run(client, &[], self.worker.clone(), |_| {}));
+        tokio::spawn(run(client, &[], self.worker.clone(), (), |_, _| {}));
         let mut direct = Pg::default();
         direct.welcome();
         Seat { direct, socket, expected: Vec::new(), got: Vec::new() }
