@@ -91,12 +91,31 @@ pub struct PgError {
     pub detail: Option<String>,
     /// The way out, as sentences.
     pub hint: Option<String>,
+    /// The function of PostgreSQL's that says this, where a driver looks for it.
+    pub routine: Option<Routine>,
+}
+
+/// A function of PostgreSQL's that reports an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routine {
+    /// Finds that a prepared statement would return other columns than before; PgJDBC prepares anew when it reads that.
+    RevalidateCachedQuery,
+}
+
+impl Routine {
+    /// The `R` field.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::RevalidateCachedQuery => "RevalidateCachedQuery",
+        }
+    }
 }
 
 impl PgError {
     /// An error that leaves the connection open.
     pub fn error(code: &'static str, message: impl Into<String>) -> Self {
-        Self { severity: Severity::Error, code: Cow::Borrowed(code), message: message.into(), detail: None, hint: None }
+        let (code, message) = (Cow::Borrowed(code), message.into());
+        Self { severity: Severity::Error, code, message, detail: None, hint: None, routine: None }
     }
 
     /// An error that ends the connection.
@@ -108,6 +127,13 @@ impl PgError {
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = Some(detail.into());
+        self
+    }
+
+    /// Names the function of PostgreSQL's that says this.
+    #[must_use]
+    pub fn routine(mut self, routine: Routine) -> Self {
+        self.routine = Some(routine);
         self
     }
 

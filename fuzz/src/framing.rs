@@ -200,7 +200,7 @@ impl<'a> Side<'a> {
                 self.flow.replace(seen, total - seen);
                 self.forwarded = Some((span.0 + seen, span.1));
             }
-            Verdict::Instead => {
+            Verdict::Instead | Verdict::Ahead => {
                 self.expected.extend_from_slice(scratch);
                 self.flow.out(buffers).extend_from_slice(scratch);
                 self.flow.swallow(total);
@@ -390,7 +390,7 @@ impl<'a> Relay<'a> {
             self.answers();
             let unseen = self.down.flow.unseen();
             let Some(header) = frame::header(unseen).map_err(|_| Over)? else { return Ok(()) };
-            let needed = Session::needs_of_server(header, self.buffers.size());
+            let needed = self.session.needs_of_server(header, self.buffers.size());
             assert!(needed <= header.total, "more than the frame");
             if unseen.len() < needed {
                 return Ok(());

@@ -275,6 +275,8 @@ pub struct Prepared {
 struct Held {
     statement: Arc<Statement>,
     used: u64,
+    /// What it returns here, as far as is known; 0 is not.
+    described: u64,
 }
 
 /// What the statements of one server connection may cost (bytes), but for one that costs more alone. The server needs
@@ -299,6 +301,25 @@ impl Prepared {
         self.have.get_mut(&id).map(|held| held.used = clock).is_some()
     }
 
+    /// The same, with a fingerprint of what the statement returns on this server connection, or 0 if nobody has asked.
+    /// `None`: it is not there.
+    #[inline]
+    pub fn described(&mut self, id: u64) -> Option<u64> {
+        self.clock += 1;
+        let clock = self.clock;
+        self.have.get_mut(&id).map(|held| {
+            held.used = clock;
+            held.described
+        })
+    }
+
+    /// Notes what it returns.
+    pub fn describe(&mut self, id: u64, described: u64) {
+        if let Some(held) = self.have.get_mut(&id) {
+            held.described = described;
+        }
+    }
+
     /// Notes that the statement is being prepared. Returns those to be closed to stay within `max`, and within
     /// [`MAX_BYTES`].
     pub fn add(&mut self, statement: Arc<Statement>, max: usize) -> Vec<Arc<Statement>> {
@@ -311,7 +332,7 @@ impl Prepared {
             closed.push(held);
         }
         self.bytes += statement.cost();
-        self.have.insert(statement.id, Held { statement, used });
+        self.have.insert(statement.id, Held { statement, used, described: 0 });
         closed
     }
 

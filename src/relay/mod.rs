@@ -168,8 +168,9 @@ pub fn run<E: Send, F: FnOnce(&Client, End) + Send>(
     // An idle client costs little more than this future: what is rare is boxed where it happens.
     let mut relay = Relay::new(client, early, worker);
     async move {
-        let end = relay.serve().await;
-        match &end {
+        // In a box, because it would take room in the future all the time that it is not there.
+        let end = Box::new(relay.serve().await);
+        match &*end {
             End::Told(error) => Box::pin(relay.say_goodbye(error)).await,
             // TLS without a proper end is an error to OpenSSL, in the place of what the server said last.
             End::Server => drop(tokio::time::timeout(FAREWELL, relay.client.stream.shutdown()).await),
@@ -177,7 +178,7 @@ pub fn run<E: Send, F: FnOnce(&Client, End) + Send>(
         }
         relay.up.put_away(&relay.worker.buffers);
         relay.down.put_away(&relay.worker.buffers);
-        at_end(&relay.client, end);
+        at_end(&relay.client, *end);
         drop(relay);
         drop(entries);
     }

@@ -9,8 +9,15 @@ use crate::pool::statements::Statement;
 #[derive(Debug, Default)]
 pub(super) struct Named {
     /// A tree: most clients have few or none, and an empty one is small.
-    map: BTreeMap<Arc<[u8]>, Arc<Statement>>,
+    map: BTreeMap<Arc<[u8]>, Entry>,
     bytes: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    statement: Arc<Statement>,
+    /// What the client was told that it returns; 0 is nothing.
+    told: u64,
 }
 
 /// About what an entry takes beside name and text, which a client may well be alone with.
@@ -27,11 +34,25 @@ impl Named {
     }
 
     pub(super) fn get(&self, name: &[u8]) -> Option<&Arc<Statement>> {
-        self.map.get(name)
+        self.map.get(name).map(|entry| &entry.statement)
+    }
+
+    /// The statement, and what the client was told that it returns (see [`Held::described`]); 0 is nothing.
+    ///
+    /// [`Held::described`]: crate::pool::statements::Prepared::described
+    pub(super) fn get_told(&self, name: &[u8]) -> Option<(&Arc<Statement>, u64)> {
+        self.map.get(name).map(|entry| (&entry.statement, entry.told))
+    }
+
+    /// Notes what the client was told, if the name still means that statement.
+    pub(super) fn tell(&mut self, name: &[u8], id: u64, told: u64) {
+        if let Some(entry) = self.map.get_mut(name).filter(|entry| entry.statement.id == id) {
+            entry.told = told;
+        }
     }
 
     pub(super) fn get_key_value(&self, name: &[u8]) -> Option<(&Arc<[u8]>, &Arc<Statement>)> {
-        self.map.get_key_value(name)
+        self.map.get_key_value(name).map(|(name, entry)| (name, &entry.statement))
     }
 
     pub(super) fn contains_key(&self, name: &[u8]) -> bool {
@@ -39,18 +60,18 @@ impl Named {
     }
 
     pub(super) fn values(&self) -> impl Iterator<Item = &Arc<Statement>> {
-        self.map.values()
+        self.map.values().map(|entry| &entry.statement)
     }
 
     /// For statements in the place of others with the same text.
     pub(super) fn values_mut(&mut self) -> impl Iterator<Item = &mut Arc<Statement>> {
-        self.map.values_mut()
+        self.map.values_mut().map(|entry| &mut entry.statement)
     }
 
     pub(super) fn insert(&mut self, name: Arc<[u8]>, statement: Arc<Statement>) -> Option<Arc<Statement>> {
         let length = name.len();
         self.bytes += cost(&name, statement.body());
-        let before = self.map.insert(name, statement);
+        let before = self.map.insert(name, Entry { statement, told: 0 }).map(|entry| entry.statement);
         if let Some(before) = &before {
             self.bytes -= length + before.body().len() + OVERHEAD;
         }
@@ -62,7 +83,7 @@ impl Named {
     }
 
     pub(super) fn remove_entry(&mut self, name: &[u8]) -> Option<(Arc<[u8]>, Arc<Statement>)> {
-        let (name, statement) = self.map.remove_entry(name)?;
+        let (name, Entry { statement, .. }) = self.map.remove_entry(name)?;
         self.bytes -= cost(&name, statement.body());
         Some((name, statement))
     }

@@ -9,6 +9,7 @@
 //! just as if the server itself had refused.
 
 mod bring;
+mod description;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub enum Verdict {
     Swallow,
     /// Nothing has happened: it is to be looked at again when what it needs is there.
     Later,
+    /// What was appended to the output goes to the other side; when that has answered, the frame is to be looked at again.
+    Ahead,
 }
 
 /// How prepared statements are treated.
@@ -187,6 +190,8 @@ enum Expect {
     InjectedUnnamed,
     /// A Close of ours, of the statement with this number.
     InjectedClose(u64),
+    /// A Describe of ours, before something is bound of which the client was told what it returns.
+    InjectedDescribe(Shared),
     /// A Sync of ours behind a Parse of ours.
     InjectedSync,
     /// A Query of ours, whose outcome does not matter.
@@ -720,6 +725,10 @@ impl Session {
         self.bring_to_query(&events, link, out);
         self.renames |= renames(&events);
         self.open_group = false;
+        // Most clients of the simple protocol never owe more, and keep the room for it.
+        if self.expects.capacity() == 0 {
+            self.expects.reserve_exact(1);
+        }
         self.expects.push_back(Expect::Query(events));
         match translated.as_ref().or(addressed.as_ref()) {
             Some(text) => message::query_bytes(out, text),
@@ -1066,8 +1075,8 @@ impl Session {
             Addressed::Said(values) => Some(values),
             Addressed::Later => return Ok(Verdict::Later),
         };
-        if let Some(error) = self.miscounted(name, values, link.prepared) {
-            return Ok(self.refuse_parse(false, error, out));
+        if let Some(verdict) = self.look_before_bind(name, values, max, link, out) {
+            return Ok(verdict);
         }
         let Some(statement) = self.resolve(name, max, link, out) else {
             return Ok(self.unknown(out));
@@ -1242,6 +1251,10 @@ impl Session {
             return Ok(Verdict::Forward);
         };
         if what != b'S' {
+            let expect = match expect {
+                Expect::Describe(_) => Expect::Describe(self.bound_and_unknown(name, link.prepared)),
+                close => close,
+            };
             self.push_extended(expect);
             return Ok(Verdict::Forward);
         }
@@ -1304,7 +1317,7 @@ impl Session {
             Some(Expect::Taken(taken)) => {
                 (format!("\"pgusher_{}\"", taken.by.id), String::from_utf8_lossy(&taken.by.name).into_owned())
             }
-            Some(Expect::Bind(Some(shared)) | Expect::Describe(Some(shared))) => {
+            Some(Expect::Bind(Some(shared)) | Expect::Describe(Some(shared)) | Expect::InjectedDescribe(shared)) => {
                 (format!("\"pgusher_{}\"", shared.id), String::from_utf8_lossy(&shared.name).into_owned())
             }
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) => {
@@ -1368,8 +1381,11 @@ impl Session {
 
     /// How much of a server's frame has to be at hand for [`Session::on_server`].
     #[inline]
-    pub fn needs_of_server(header: Header, limit: usize) -> usize {
+    pub fn needs_of_server(&self, header: Header, limit: usize) -> usize {
         match header.tag {
+            b'T' if matches!(self.expects.front(), Some(Expect::Describe(Some(_)) | Expect::InjectedDescribe(_))) => {
+                header.total.min(MAX_SAID)
+            }
             b'Z' | b'C' => header.total.min(limit),
             // A value, or what the server says of it, may be as long as a statement.
             b'E' | b'S' => header.total.min(MAX_SAID),
@@ -1394,12 +1410,8 @@ impl Session {
     ) -> Result<Verdict, Desync> {
         match header.tag {
             b'N' => Ok(self.notice()),
-            b'D' | b'd' | b'T' | b't' | b'n' | b'A' | b'S' | b'H' | b'c' | b'V' => {
-                if matches!(header.tag, b'T' | b'n') && matches!(self.expects.front(), Some(Expect::Describe(_))) {
-                    self.take();
-                }
-                Ok(Verdict::Forward)
-            }
+            b'T' | b't' | b'n' => Ok(self.described(header, frame, prepared)),
+            b'D' | b'd' | b'A' | b'S' | b'H' | b'c' | b'V' => Ok(Verdict::Forward),
             b'Z' => self.ready(frame),
             b'C' => Ok(self.complete(frame, prepared)),
             b'I' | b's' => {
@@ -1533,8 +1545,11 @@ impl Session {
 
     /// A statement of ours that the server no longer runs, or does not have.
     fn note_unusable(&self, error: &PgError, prepared: &mut Prepared) {
-        let Some(Expect::Bind(Some(Shared { id, .. })) | Expect::Describe(Some(Shared { id, .. }))) =
-            self.expects.front()
+        let Some(
+            Expect::Bind(Some(Shared { id, .. }))
+            | Expect::Describe(Some(Shared { id, .. }))
+            | Expect::InjectedDescribe(Shared { id, .. }),
+        ) = self.expects.front()
         else {
             return;
         };
@@ -1644,7 +1659,8 @@ impl Session {
         let Some(last) = self.expects.iter().rposition(ends_by_itself) else { return false };
         let in_doubt = |e: &Expect| match e {
             Expect::Parse(undo) => undo.is_some(),
-            Expect::Injected(_) | Expect::InjectedClose(_) | Expect::OurParse(_) | Expect::OurClose(_) => true,
+            Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedDescribe(_) => true,
+            Expect::OurParse(_) | Expect::OurClose(_) => true,
             Expect::Taken(_) | Expect::Checked(_) | Expect::CloseBySql(_) => true,
             _ => false,
         };

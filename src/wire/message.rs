@@ -275,6 +275,7 @@ impl From<ErrorFields<'_>> for PgError {
             message: fields.message.into_owned(),
             detail: fields.detail.map(Cow::into_owned),
             hint: fields.hint.map(Cow::into_owned),
+            routine: None,
         }
     }
 }
@@ -408,6 +409,7 @@ fn put_error(buf: &mut BytesMut, tag: u8, severity: &str, error: &PgError) {
         field(b'M', &error.message);
         error.detail.iter().for_each(|text| field(b'D', text));
         error.hint.iter().for_each(|text| field(b'H', text));
+        error.routine.iter().for_each(|routine| field(b'R', routine.as_str()));
         b.put_u8(0);
     });
 }

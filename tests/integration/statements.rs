@@ -233,6 +233,73 @@ async fn a_changed_table_is_healed_by_preparing_again() {
     assert_eq!(run(&mut client, "s2", &[]).await, "2 C(SELECT 0) Z(I)");
 }
 
+/// A server connection on which a statement is prepared only after its table has changed does not know what the client was told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_table_is_noticed_where_the_statement_is_prepared_anew() {
+    let world = World::start(|config| config.pool.default_pool_size = 2).await;
+    let portal = async |client: &mut Raw, name: &str| {
+        client
+            .compose(|b| {
+                b.bind("", name, &[]);
+                b.describe(b'P', "");
+                b.execute("");
+                b.sync();
+            })
+            .await;
+        show(&client.until_ready().await)
+    };
+    for (round, by_portal) in [false, true].into_iter().enumerate() {
+        let mut client = world.raw("client_001").await;
+        client
+            .query("DROP TABLE IF EXISTS wide; CREATE TABLE wide (a int, b int); INSERT INTO wide VALUES (1, 2)")
+            .await;
+        let (old, same) = (format!("old{round}"), format!("same{round}"));
+        if by_portal {
+            // As PgJDBC does, which remembers what the first portal said.
+            client.compose(|b| b.parse(&old, "SELECT * FROM wide")).await;
+            assert_eq!(portal(&mut client, &old).await, "1 2 D(1,2) C(SELECT 1) Z(I)");
+        } else {
+            assert_eq!(prepare(&mut client, &old, "SELECT * FROM wide").await, "1 Z(I)");
+        }
+        assert_eq!(prepare(&mut client, &same, "SELECT a FROM wide WHERE b = $1::int").await, "1 Z(I)");
+        let mut occupant = occupant(&world).await;
+        client.query("ALTER TABLE wide ADD COLUMN c int DEFAULT 3").await;
+        // What still returns the same is not disturbed; behind it, in one group, comes what does not.
+        assert_eq!(run(&mut client, &same, &["2"]).await, "2 D(1) C(SELECT 1) Z(I)");
+        client
+            .compose(|b| {
+                for (name, values) in [(&same, &["2"][..]), (&old, &[])] {
+                    b.bind("", name, values);
+                    b.execute("");
+                }
+                b.sync();
+            })
+            .await;
+        let answer = client.until_ready().await;
+        assert_eq!(show(&answer), "2 D(1) C(SELECT 1) E(0A000) Z(I)");
+        let error = answer.iter().find(|m| m.tag == b'E').unwrap();
+        assert_eq!(error.field(b'M'), "cached plan must not change result type");
+        assert_eq!(error.field(b'R'), "RevalidateCachedQuery");
+        client.query("BEGIN").await;
+        assert_eq!(run(&mut client, &old, &[]).await, "E(0A000) Z(E)");
+        client.query("ROLLBACK").await;
+        // What drivers do then.
+        client
+            .compose(|b| {
+                b.close(b'S', &old);
+                b.sync();
+            })
+            .await;
+        client.until_ready().await;
+        assert_eq!(prepare(&mut client, &old, "SELECT * FROM wide").await, "1 Z(I)");
+        for _ in 0..2 {
+            assert_eq!(run(&mut client, &old, &[]).await, "2 D(1,2,3) C(SELECT 1) Z(I)");
+            occupant.query("COMMIT").await;
+        }
+        occupant.terminate().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_text_is_another_statement_where_literals_are_read_otherwise() {
     let world = World::start(|config| config.pool.default_pool_size = 2).await;

@@ -67,7 +67,7 @@ impl Cluster {
         }
         let password_file = dir.path().join("pw");
         std::fs::write(&password_file, PASSWORD).unwrap();
-        let cluster = Self { bin, port: free_port(), settings: settings.iter().map(|&s| s.to_owned()).collect(), dir };
+        let mut cluster = Self { bin, port: 0, settings: settings.iter().map(|&s| s.to_owned()).collect(), dir };
         cluster.run("initdb", |c| {
             c.args(["-D", path(&cluster.data()), "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8"]).args([
                 "--no-locale",
@@ -76,11 +76,22 @@ impl Cluster {
                 path(&password_file),
             ])
         });
-        cluster.launch();
-        cluster
+        // Between looking for a port and listening on it somebody else may have got it.
+        for _ in 0..10 {
+            cluster.port = free_port();
+            match cluster.try_launch() {
+                Ok(()) => return cluster,
+                Err(said) => assert!(said.contains("Address already in use"), "{said}"),
+            }
+        }
+        panic!("no port is free for long enough");
     }
 
     fn launch(&self) {
+        self.try_launch().unwrap();
+    }
+
+    fn try_launch(&self) -> Result<(), String> {
         let mut options = format!(
             "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=120 -c autovacuum=off",
             self.port,
@@ -89,10 +100,9 @@ impl Cluster {
         for setting in &self.settings {
             options.push_str(&format!(" -c {setting}"));
         }
-        let log = self.dir.path().join("log");
-        self.run("pg_ctl", |c| {
-            c.args(["-D", path(&self.data()), "-l", path(&log), "-o", &options, "-w", "-t", "60", "start"])
-        });
+        let (data, log) = (self.data(), self.dir.path().join("log"));
+        let start = ["-D", path(&data), "-l", path(&log), "-o", &options, "-w", "-t", "60", "start"];
+        self.try_run("pg_ctl", |c| c.args(start))
     }
 
     /// Stops it at once, as a crash would; sessions are cut.
@@ -155,6 +165,10 @@ impl Cluster {
     }
 
     fn run(&self, program: &str, arguments: impl FnOnce(&mut Command) -> &mut Command) {
+        self.try_run(program, arguments).unwrap();
+    }
+
+    fn try_run(&self, program: &str, arguments: impl FnOnce(&mut Command) -> &mut Command) -> Result<(), String> {
         let mut command = Command::new(self.bin.join(program));
         arguments(&mut command);
         if let Some((uid, gid)) = postgres_user() {
@@ -170,7 +184,7 @@ impl Cluster {
             .status()
             .unwrap();
         let said = std::fs::read_to_string(self.dir.path().join(format!("{program}.out"))).unwrap_or_default();
-        assert!(status.success(), "{program} failed: {said}\n{}", self.log());
+        if status.success() { Ok(()) } else { Err(format!("{program} failed: {said}\n{}", self.log())) }
     }
 }
 

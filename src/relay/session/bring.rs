@@ -8,13 +8,15 @@ use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
 
-use super::{Event, Events, Expect, Link, Session, Statements};
-use crate::error::{PgError, sqlstate};
+use super::description::fingerprint;
+use super::{Event, Events, Expect, Link, Session, Shared, Statements, Verdict};
+use crate::error::{PgError, Routine, sqlstate};
 use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
 use crate::relay::lex::{self, Lex, Token};
 use crate::relay::names::Verb;
 use crate::tenant::sql::{Literal, Value};
+use crate::wire::frame::Header;
 use crate::wire::message;
 
 /// The name of our statements that live as long as it takes to run them.
@@ -145,26 +147,89 @@ impl Session {
         }
     }
 
-    /// What a server says first of a Bind with too few or too many values, for a statement that is not there.
-    pub(super) fn miscounted(&self, name: &[u8], values: &[u8], prepared: &mut Prepared) -> Option<PgError> {
-        let statement = self.named.get(name)?;
-        if !statement.names && prepared.touch(statement.id) {
+    /// What a Bind of a named statement meets before it is the server's turn: too few or too many values for a statement
+    /// that is not there, or other columns than the client was told of.
+    pub(super) fn look_before_bind(
+        &mut self,
+        name: &[u8],
+        values: &[u8],
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Option<Verdict> {
+        let (statement, told) = self.named.get_told(name)?;
+        let described = if statement.names { None } else { link.prepared.described(statement.id) };
+        if described.is_some() && (told == 0 || described == Some(told)) {
             return None;
         }
-        let number = |at: usize| Some(usize::from(u16::from_be_bytes(values.get(at..at + 2)?.try_into().ok()?)));
-        let formats = number(0)?;
-        let given = number(2 + 2 * formats)?;
-        let wanted = parameters(statement);
-        let wrong = given != wanted && (formats <= 1 || formats == given);
-        wrong.then(|| {
-            let shown = String::from_utf8_lossy(name);
-            let text = format!(
-                "bind message supplies {given} parameters, but prepared statement \"{shown}\" requires {wanted}"
-            );
-            PgError::error(sqlstate::PROTOCOL_VIOLATION, text)
-        })
+        if described.is_none()
+            && let Some(error) = miscounted(statement, name, values)
+        {
+            return Some(self.refuse_parse(false, error, out));
+        }
+        if told == 0 || self.status == b'E' || statement.names || statement.residue.processes {
+            return None;
+        }
+        let statement = statement.clone();
+        self.look_at_columns(name, &statement, described.unwrap_or_default(), max, link, out)
     }
 
+    /// Asks the server what a statement returns here, if nobody has, before anything of it is bound; refuses what differs from
+    /// what the client was told.
+    fn look_at_columns(
+        &mut self,
+        name: &[u8],
+        statement: &Arc<Statement>,
+        described: u64,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) -> Option<Verdict> {
+        if described != 0 {
+            // Who prepares it again gets another one, as it would from a server.
+            link.prepared.outdate(statement.id);
+            let error = PgError::error(sqlstate::FEATURE_NOT_SUPPORTED, "cached plan must not change result type");
+            return Some(self.refuse_parse(false, error.routine(Routine::RevalidateCachedQuery), out));
+        }
+        if self.expects.iter().any(|e| matches!(e, Expect::InjectedDescribe(asked) if asked.id == statement.id)) {
+            return Some(Verdict::Later);
+        }
+        self.bring_apart(statement, max, link, out);
+        message::describe(out, b'S', &statement.name);
+        message::flush(out);
+        self.push_extended(Expect::InjectedDescribe(Shared { id: statement.id, name: name.into() }));
+        Some(Verdict::Ahead)
+    }
+
+    /// What is bound to this portal, if it has not been told yet what it returns, or not here.
+    pub(super) fn bound_and_unknown(&self, portal: &[u8], prepared: &mut Prepared) -> Option<Shared> {
+        let Some(Expect::Bind(Some(shared))) = self.expects.back().filter(|_| portal.is_empty()) else { return None };
+        let (statement, told) = self.named.get_told(&shared.name)?;
+        let known = statement.id != shared.id || told != 0 && prepared.described(shared.id) != Some(0);
+        (!known).then(|| Shared { id: shared.id, name: shared.name.clone() })
+    }
+
+    /// What a server says of parameters and columns.
+    pub(super) fn described(&mut self, header: Header, frame: &[u8], prepared: &mut Prepared) -> Verdict {
+        let ours = matches!(self.expects.front(), Some(Expect::InjectedDescribe(_)));
+        let verdict = if ours { Verdict::Swallow } else { Verdict::Forward };
+        if header.tag == b't' || !(ours || matches!(self.expects.front(), Some(Expect::Describe(_)))) {
+            return verdict;
+        }
+        if let Some(Expect::Describe(Some(Shared { id, name })) | Expect::InjectedDescribe(Shared { id, name })) =
+            self.take()
+        {
+            let found = fingerprint(header, frame);
+            prepared.describe(id, found);
+            if !ours {
+                self.named.tell(&name, id, found);
+            }
+        }
+        verdict
+    }
+}
+
+impl Session {
     /// Notes why what a group of messages of ours was for could not be prepared.
     pub(super) fn note_unprepared(&mut self, error: PgError) {
         let id = self.expects.iter().find_map(|e| if let Expect::Injected(id) = e { Some(*id) } else { None });
@@ -205,4 +270,19 @@ fn parameters(statement: &Statement) -> usize {
     let number = |token: &Token| if let Token::Parameter(number) = token { *number } else { 0 };
     let highest = lex::tokens(text, Lex::default()).iter().map(number).max().unwrap_or(0);
     usize::from(given.max(highest))
+}
+
+/// What a server says of a Bind with too few or too many values.
+fn miscounted(statement: &Statement, name: &[u8], values: &[u8]) -> Option<PgError> {
+    let number = |at: usize| Some(usize::from(u16::from_be_bytes(values.get(at..at + 2)?.try_into().ok()?)));
+    let formats = number(0)?;
+    let given = number(2 + 2 * formats)?;
+    let wanted = parameters(statement);
+    let wrong = given != wanted && (formats <= 1 || formats == given);
+    wrong.then(|| {
+        let shown = String::from_utf8_lossy(name);
+        let text =
+            format!("bind message supplies {given} parameters, but prepared statement \"{shown}\" requires {wanted}");
+        PgError::error(sqlstate::PROTOCOL_VIOLATION, text)
+    })
 }

@@ -54,7 +54,7 @@ impl Both {
         let sent = match verdict {
             Verdict::Forward => frame,
             Verdict::Swallow | Verdict::Later => Vec::new(),
-            Verdict::Replace | Verdict::Instead => out.to_vec(),
+            Verdict::Replace | Verdict::Instead | Verdict::Ahead => out.to_vec(),
         };
         (tags(&sent), tags(&answers))
     }
@@ -67,7 +67,7 @@ impl Both {
         let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
             Verdict::Forward => frame,
             Verdict::Swallow | Verdict::Later => Vec::new(),
-            Verdict::Replace | Verdict::Instead => out.to_vec(),
+            Verdict::Replace | Verdict::Instead | Verdict::Ahead => out.to_vec(),
         };
         let mut answers = BytesMut::new();
         self.session.flush_ours(&mut answers);
@@ -559,4 +559,71 @@ fn nothing_of_ours_goes_before_what_has_to_come_first_in_a_transaction() {
     let mut both = Both::new(PoolMode::Auto);
     both.prepared.sequences_of = Some(2);
     assert_eq!(both.client(b'Q', b"START TRANSACTION; DO ''\0").0, "QQ");
+}
+
+/// RowDescription of columns with these names and types.
+fn columns(of: &[(&str, u8)], table: u8) -> Vec<u8> {
+    let mut body = vec![0, u8::try_from(of.len()).unwrap()];
+    for (name, kind) in of {
+        body.extend_from_slice(name.as_bytes());
+        body.extend_from_slice(&[0, 0, 0, 0, table, 0, 1, 0, 0, 0, *kind, 0, 4, 255, 255, 255, 255, 0, 0]);
+    }
+    body
+}
+
+#[test]
+fn what_a_statement_returns_is_asked_where_it_is_prepared_anew() {
+    let told = columns(&[("a", 23)], 1);
+    for (there, expected) in [
+        (columns(&[("a", 23)], 2), "BES"),
+        (columns(&[("a", 23), ("b", 23)], 1), "PES"),
+        (columns(&[("a", 25)], 1), "PES"),
+        (columns(&[("b", 23)], 1), "PES"),
+        (vec![0, 9, b'x'], "PES"),
+    ] {
+        let mut both = Both::new(PoolMode::Auto);
+        both.client(b'P', b"s\0SELECT * FROM t\0\0\0");
+        both.client(b'D', b"Ss\0");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'1', b""), (b't', b"\0\0"), (b'T', &told), READY]), "1tTZ");
+        // Where it is known to be what it was nothing is asked.
+        both.client(b'B', b"\0s\0\0\0\0\0\0\0");
+        assert_eq!(both.client(b'E', b"\0\0\0\0\0").0, "E");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'2', b""), (b'D', b"\0\0"), (b'C', b"SELECT 1\0"), READY]), "2DCZ");
+        // Another server connection.
+        both.prepared = Prepared::default();
+        let bind = b"\0s\0\0\0\0\0\0\0";
+        assert_eq!(both.client(b'B', bind).0, "PDH");
+        assert_eq!(both.client(b'B', bind).0, "", "it waits");
+        assert_eq!(both.servers(&[(b'1', b""), (b't', b"\0\0"), (b'T', &there)]), "");
+        let sent: String = [(b'B', &bind[..]), (b'E', b"\0\0\0\0\0"), (b'S', b"")]
+            .into_iter()
+            .map(|(tag, body)| both.client(tag, body).0)
+            .collect();
+        assert_eq!(sent, expected);
+        let answers: &[(u8, &[u8])] =
+            if expected == "BES" { &[(b'2', b""), (b'C', b"SELECT 0\0"), READY] } else { &[ERROR, READY] };
+        let got = both.servers(answers);
+        assert_eq!(got, if expected == "BES" { "2CZ" } else { "EZ" });
+        assert!(both.session.is_idle());
+    }
+}
+
+#[test]
+fn what_cannot_be_prepared_anew_fails_the_bind_that_waits_for_it() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"s\0SELECT * FROM t\0\0\0");
+    both.client(b'D', b"Ss\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), (b't', b"\0\0"), (b'n', b""), READY]);
+    both.prepared = Prepared::default();
+    let bind = b"\0s\0\0\0\0\0\0\0";
+    assert_eq!(both.client(b'B', bind).0, "PDH");
+    assert_eq!(both.server(b'E', ERROR.1).unwrap(), "E");
+    assert_eq!(both.client(b'B', bind).0, "");
+    assert_eq!(both.client(b'E', b"\0\0\0\0\0").0, "");
+    assert_eq!(both.client(b'S', b"").0, "S");
+    assert_eq!(both.servers(&[READY]), "Z");
+    assert!(both.session.is_idle());
 }
