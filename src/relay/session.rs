@@ -1276,6 +1276,9 @@ impl Session {
             self.push_extended(Expect::CloseUnnamed(Turn { serial: self.unnamed_serial, before }));
             return Ok(Verdict::Forward);
         }
+        if let Some(verdict) = self.look_at_columns(name, max, link, out) {
+            return Ok(verdict);
+        }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
         let mut shared = None;
         if name.is_empty() {

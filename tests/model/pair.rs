@@ -82,6 +82,7 @@ impl Pair {
             SELECT setval('numbers', 1, false); SELECT setval('notes_id_seq', 1, false);"
         );
         for client in 0..CLIENTS {
+            sql.push_str(&format!("ALTER TABLE own_{client} DROP COLUMN IF EXISTS w;"));
             sql.push_str(&format!("DELETE FROM own_{client}; INSERT INTO own_{client} VALUES (1, 'a'), (2, 'b');"));
         }
         let admins =
@@ -255,9 +256,13 @@ impl Couple {
 }
 
 /// Whether the only difference is this: a statement that returns nothing is described in a transaction that has failed, on a
-/// server connection that has not prepared it and now cannot.
+/// server connection that has not prepared it and now cannot. Or this: a statement is described whose columns have changed, and the
+/// server tells its parameters before it says so.
 fn another_error_first(direct: &[String], auto: &[String]) -> bool {
     let Some(at) = auto.iter().zip(direct).position(|(a, d)| a != d) else { return false };
+    if direct[at].starts_with("t(") && auto[at].starts_with("E(ERROR 0A000") {
+        return direct[at + 1..] == auto[at..];
+    }
     let described = matches!(&direct[at..], [types, nothing, ..] if types.starts_with("t(") && nothing == "n");
     described && auto[at].starts_with("E(ERROR 25P02") && direct[at + 2..] == auto[at + 1..]
 }

@@ -130,6 +130,8 @@ enum Effect {
 }
 
 const NAMES: &[&str] = &["a", "b", "c"];
+/// Names by the protocol: `d` is what `EXECUTE` does not run, because its columns change.
+const PROTOCOL_NAMES: &[&str] = &["a", "b", "c", "d", "d"];
 const KEYS: &[&str] = &["1", "2", "3"];
 
 /// Settings and values for them, some of them wrong.
@@ -265,13 +267,18 @@ impl Script {
 
     /// P [D] S, then B E S under a name; sometimes only one of the two.
     fn prepared(&mut self, step: &mut Step, free: bool) {
-        let name = self.dice.pick(NAMES);
-        let (sql, values) = self.nameable(step.client, free);
+        let (name, (sql, values)) = match self.dice.one_in(3) {
+            // Columns come and go.
+            true => ("d", (format!("SELECT * FROM own_{} ORDER BY k", step.client), Vec::new())),
+            false => (self.dice.pick(NAMES), self.nameable(step.client, free)),
+        };
         if self.dice.one_in(3) {
             step.ops.push(Op::CloseStatement(name));
         }
+        // A statement of which nobody was told what it returns may return anything later: see docs/compatibility.md.
+        let told = name == "d";
         step.ops.push(Op::Parse(name, sql));
-        if self.dice.one_in(2) {
+        if self.dice.one_in(2) || told {
             step.ops.push(Op::DescribeStatement(name));
         }
         if self.dice.one_in(2) {
@@ -284,7 +291,7 @@ impl Script {
     /// B D E S of what was, or was not, prepared before. What it runs is not known here: only statements that neither
     /// begin nor pin are prepared under a name.
     fn named(&mut self, step: &mut Step) {
-        let name = self.dice.pick(NAMES);
+        let name = self.dice.pick(PROTOCOL_NAMES);
         match self.dice.below(5) {
             0 => step.ops.push(Op::DescribeStatement(name)),
             1 => step.ops.push(Op::CloseStatement(name)),
@@ -389,7 +396,7 @@ impl Script {
     fn nameable(&mut self, client: usize, free: bool) -> (String, Vec<String>) {
         loop {
             let (sql, values) = self.parametrised(client, free);
-            let unfit = ["EXECUTE", "DEALLOCATE", "deallocate", READ_BY_SETTINGS];
+            let unfit = ["EXECUTE", "DEALLOCATE", "deallocate", "SELECT * FROM own", READ_BY_SETTINGS];
             if !unfit.iter().any(|verb| sql.starts_with(verb)) {
                 return (sql, values);
             }
@@ -482,7 +489,11 @@ impl Script {
 
     fn data(&mut self, client: usize) -> String {
         let key = self.dice.pick(KEYS);
-        match self.dice.below(9) {
+        match self.dice.below(10) {
+            9 => format!(
+                "ALTER TABLE own_{client} {}",
+                self.dice.pick(&["ADD COLUMN IF NOT EXISTS w int", "DROP COLUMN IF EXISTS w"])
+            ),
             0 => format!("INSERT INTO notes (note) VALUES ('c{client}')"),
             1 => format!("INSERT INTO notes (note) VALUES ('c{client}') RETURNING id"),
             2 => format!("UPDATE own_{client} SET v = v || 'x' WHERE k = {key} RETURNING v"),

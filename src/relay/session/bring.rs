@@ -162,29 +162,30 @@ impl Session {
         if described.is_some() && (told == 0 || described == Some(told)) {
             return None;
         }
-        if described.is_none()
-            && let Some(error) = miscounted(statement, name, values)
-        {
+        if let Some(error) = miscounted(statement, name, values) {
             return Some(self.refuse_parse(false, error, out));
         }
-        if told == 0 || self.status == b'E' || statement.names || statement.residue.processes {
-            return None;
-        }
-        let statement = statement.clone();
-        self.look_at_columns(name, &statement, described.unwrap_or_default(), max, link, out)
+        self.look_at_columns(name, max, link, out)
     }
 
-    /// Asks the server what a statement returns here, if nobody has, before anything of it is bound; refuses what differs from
-    /// what the client was told.
-    fn look_at_columns(
+    /// Asks the server what a named statement returns here, if nobody has, before it is used; refuses what differs from what
+    /// the client was told. `None`: nothing stands in the way.
+    pub(super) fn look_at_columns(
         &mut self,
         name: &[u8],
-        statement: &Arc<Statement>,
-        described: u64,
         max: usize,
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> Option<Verdict> {
+        let (statement, told) = self.named.get_told(name)?;
+        if told == 0 || self.status == b'E' || statement.names || statement.residue.processes {
+            return None;
+        }
+        let described = link.prepared.described(statement.id).unwrap_or_default();
+        if described == told {
+            return None;
+        }
+        let statement = &statement.clone();
         if described != 0 {
             // Who prepares it again gets another one, as it would from a server.
             link.prepared.outdate(statement.id);
