@@ -77,12 +77,19 @@ impl Pair {
     }
 
     async fn reset(&self, tenant: &str) {
+        let columns: String =
+            (0..CLIENTS).map(|client| format!("ALTER TABLE own_{client} DROP COLUMN IF EXISTS w;")).collect();
+        for world in [&self.direct, &self.auto] {
+            // As the tenant: a change that the proxy has not seen is another story.
+            let mut raw = world.raw(tenant).await;
+            raw.query(&columns).await;
+            raw.terminate().await;
+        }
         let mut sql = format!(
             "SET search_path = \"{tenant}\"; DELETE FROM notes; \
             SELECT setval('numbers', 1, false); SELECT setval('notes_id_seq', 1, false);"
         );
         for client in 0..CLIENTS {
-            sql.push_str(&format!("ALTER TABLE own_{client} DROP COLUMN IF EXISTS w;"));
             sql.push_str(&format!("DELETE FROM own_{client}; INSERT INTO own_{client} VALUES (1, 'a'), (2, 'b');"));
         }
         let admins =
@@ -256,11 +263,11 @@ impl Couple {
 }
 
 /// Whether the only difference is this: a statement that returns nothing is described in a transaction that has failed, on a
-/// server connection that has not prepared it and now cannot. Or this: a statement is described whose columns have changed, and the
-/// server tells its parameters before it says so.
+/// server connection that has not prepared it and now cannot. Or this: a statement is described that has changed since, and the
+/// server tells its parameters before it finds that out.
 fn another_error_first(direct: &[String], auto: &[String]) -> bool {
     let Some(at) = auto.iter().zip(direct).position(|(a, d)| a != d) else { return false };
-    if direct[at].starts_with("t(") && auto[at].starts_with("E(ERROR 0A000") {
+    if direct[at].starts_with("t(") && auto[at].starts_with("E(ERROR") && direct[at + 1].starts_with("E(") {
         return direct[at + 1..] == auto[at..];
     }
     let described = matches!(&direct[at..], [types, nothing, ..] if types.starts_with("t(") && nothing == "n");
