@@ -258,6 +258,7 @@ async fn a_tenant_with_a_shard_of_its_own_shares_it_with_nobody() {
         let error = proxy.control.create(&id(tenant), "test", choice.clone()).await.unwrap_err();
         assert_eq!(error.code, "55000", "{choice:?} {error}");
     }
+    own.admin("postgres").await.batch_execute("ALTER ROLE client_001 REPLICATION").await.unwrap();
     proxy.control.delete(&id("client_001"), "test").await.unwrap();
     assert_eq!(left(&own, "client_001|second|tenants").await, Vec::<String>::new());
     let record = proxy.control.delete(&id("client_002"), "test").await.unwrap();
