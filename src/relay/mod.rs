@@ -16,6 +16,7 @@ mod model;
 mod named;
 pub mod names;
 mod notify;
+pub mod replication;
 pub mod scan;
 pub mod session;
 pub mod settle;
