@@ -285,7 +285,8 @@ async fn admit(
     }
     let parameters = ClientParameters::read(&opening.startup);
     let chooses = tenant.plan.clients_choose_place();
-    let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
+    let (schema, replication) = ((!chooses).then(|| tenant.schema()), tenant.plan.replication());
+    let mut settings = parameters.settings_for(schema, replication).map_err(|refusal| {
         if refusal.violation {
             report(id.as_str(), &refusal.error);
         }

@@ -418,6 +418,13 @@ impl Relay {
                     self.held_up = true;
                     return Ok(());
                 }
+                Verdict::Ahead => {
+                    lease.conn().recent.forget_last();
+                    self.up.out(&self.worker.buffers).extend_from_slice(scratch);
+                    scratch.clear();
+                    self.held_up = true;
+                    return Ok(());
+                }
                 Verdict::Replace => {
                     self.up.out(&self.worker.buffers).extend_from_slice(scratch);
                     scratch.clear();
@@ -552,7 +559,7 @@ impl Relay {
                     self.down.swallow(header.total);
                 }
                 Verdict::Forward => self.down.approve(header.total),
-                Verdict::Swallow | Verdict::Later => self.down.swallow(header.total),
+                Verdict::Swallow | Verdict::Later | Verdict::Ahead => self.down.swallow(header.total),
                 Verdict::Replace | Verdict::Instead => {
                     self.down.out(&self.worker.buffers).extend_from_slice(&scratch);
                     scratch.clear();
