@@ -669,7 +669,7 @@ impl Session {
             }
             b'H' => Ok(Verdict::Forward),
             b'd' => {
-                if self.streams.is_some() && frame.get(HEADER) != Some(&STATUS_UPDATE) && self.may_stream() {
+                if self.may_stream() && frame.get(HEADER) != Some(&STATUS_UPDATE) {
                     link.ward.replication_refused("a message to a walsender other than a status update");
                     return Err(no_feedback());
                 }
@@ -821,9 +821,10 @@ impl Session {
         }
     }
 
-    /// Whether what comes now may be for a walsender that streams.
-    fn may_stream(&self) -> bool {
-        self.expects.iter().any(|e| matches!(e, Expect::Stream))
+    /// Whether what comes now may be for a walsender that streams, beside others.
+    #[inline]
+    pub fn may_stream(&self) -> bool {
+        self.streams.is_some() && self.expects.iter().any(|e| matches!(e, Expect::Stream))
     }
 
     /// Names of prepared statements in a text that does anything of interest.
