@@ -288,6 +288,8 @@ async fn a_grade_can_be_changed_there_and_back() {
         ("SELECT pg_notification_queue_usage()", [false, false]),
         ("SELECT lo_export(1, 'x')", [false, false]),
         ("SELECT count(*) FROM pg_locks", [false, false]),
+        ("SELECT count(*) FROM pg_catalog.pg_replication_slots", [false, false]),
+        ("SELECT count(*) FROM pg_replication_slots", [true, true]),
         ("INSERT INTO notes (note) VALUES ('x'); UPDATE notes SET note = 'y'; SELECT note FROM notes", [true, true]),
     ];
     for (round, grade) in

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgusher::config::GuardMode;
+use pgusher::config::{Config, GuardMode};
 use pgusher::tenant::{Plan, TenantId};
 
 use crate::postgres::{Cluster, bin_dir, client_program};
@@ -13,10 +13,14 @@ use crate::world::{APP_PASSWORD, World, raw};
 
 /// `client_001` and `client_002` are entitled, `client_003` is not. `None`: there is no output plugin to stream with.
 async fn world(guard: GuardMode) -> Option<World> {
+    world_with(|config| config.guard.mode = guard).await
+}
+
+async fn world_with(change: impl FnOnce(&mut Config)) -> Option<World> {
     let settings = ["wal_level=logical", "max_replication_slots=20", "max_wal_senders=20"];
     let world = World::with_clusters(vec![Arc::new(Cluster::start_with(&settings))], |config| {
         config.provision.plan = Plan::Database;
-        config.guard.mode = guard;
+        change(config);
     })
     .await;
     for tenant in ["client_001", "client_002", "client_003"] {
@@ -173,6 +177,19 @@ async fn a_stream_is_not_begun_where_its_name_cannot_be_set() {
     assert_eq!(show(&one.until_ready().await), "G C(COPY 1) Z(I)");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_takes_as_long_as_it_likes_and_a_query_does_not() {
+    let Some(world) = world_with(|config| config.proxy.query_timeout = Duration::from_secs(1)).await else { return };
+    let mut one = walsender(&world, "client_001").await;
+    fine(&mut one, "CREATE_REPLICATION_SLOT one LOGICAL test_decoding").await;
+    stream(&mut one, "one").await;
+    let mut other = walsender(&world, "client_001").await;
+    let error = other.error("SELECT pg_sleep(30)").await;
+    assert_eq!((error.code().as_str(), error.field(b'M').as_str()), ("57014", "query_timeout"));
+    world.client("client_001").await.batch_execute("INSERT INTO bookings (note) VALUES ('later')").await.unwrap();
+    streamed_up_to(&mut one, "'later'").await;
+}
+
 /// A client that is not ours, from beginning to end.
 #[tokio::test(flavor = "multi_thread")]
 async fn pg_recvlogical_works() {
@@ -197,6 +214,44 @@ async fn pg_recvlogical_works() {
     let left: i64 =
         admin.query_one("SELECT count(*) FROM pg_replication_slots WHERE NOT temporary", &[]).await.unwrap().get(0);
     assert_eq!(left, 0);
+}
+
+/// Another one: a server that takes over what is there, follows what comes, and drops its slot.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_server_subscribes() {
+    let Some(world) = world(GuardMode::Enforce).await else { return };
+    let (first, second) = (world.client("client_001").await, world.client("client_002").await);
+    first.batch_execute("INSERT INTO bookings (note) VALUES ('before')").await.unwrap();
+    let publisher = world.cluster().admin("client_001").await;
+    publisher.batch_execute("CREATE PUBLICATION p FOR TABLE public.bookings").await.unwrap();
+    let subscriber = Cluster::start();
+    let admin = subscriber.admin("postgres").await;
+    admin.batch_execute("CREATE TABLE bookings (id bigint PRIMARY KEY, note text)").await.unwrap();
+    let connection =
+        format!("host=127.0.0.1 port={} user=app.client_001 password={APP_PASSWORD} dbname=client_001", world.port);
+    let subscribe = format!("CREATE SUBSCRIPTION s CONNECTION '{connection}' PUBLICATION p");
+    admin.batch_execute(&subscribe).await.unwrap();
+    let until = async |expected: &str| {
+        let began = Instant::now();
+        let sql = "SELECT coalesce(string_agg(note, ' ' ORDER BY id), '') FROM bookings";
+        loop {
+            let notes: String = admin.query_one(sql, &[]).await.unwrap().get(0);
+            if notes == expected {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{notes:?}, not {expected:?}: {}", subscriber.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    until("before").await;
+    second.batch_execute("INSERT INTO bookings (note) VALUES ('theirs')").await.unwrap();
+    first.batch_execute("INSERT INTO bookings (note) VALUES ('after')").await.unwrap();
+    until("before after").await;
+    admin.batch_execute("DROP SUBSCRIPTION s").await.unwrap();
+    let slots = "SELECT count(*) FROM pg_replication_slots WHERE NOT temporary";
+    assert_eq!(publisher.query_one(slots, &[]).await.unwrap().get::<_, i64>(0), 0);
+    let refused = "cross_tenant_isolation_violations{action=\"refused\",kind=\"replication\",tenant=\"client_001\"}";
+    assert_eq!(world.metric(refused).await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
