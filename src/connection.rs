@@ -35,6 +35,7 @@ use crate::server::{self, Settled, Shared};
 use crate::stream::{Moving, Stream};
 use crate::tenant::credential::{Verifier, nonce};
 use crate::tenant::identify::{self, Hello, Identity, Known, Login};
+use crate::tenant::plan::Replication;
 use crate::tenant::{Status, TenantId};
 use crate::violation::{Action, Kind, Violation};
 use crate::wire::Version;
@@ -285,7 +286,8 @@ async fn admit(
     }
     let parameters = ClientParameters::read(&opening.startup);
     let chooses = tenant.plan.clients_choose_place();
-    let mut settings = parameters.settings_for((!chooses).then(|| tenant.schema())).map_err(|refusal| {
+    let (schema, replication) = ((!chooses).then(|| tenant.schema()), tenant.plan.replication());
+    let mut settings = parameters.settings_for(schema, replication).map_err(|refusal| {
         if refusal.violation {
             report(id.as_str(), &refusal.error);
         }
@@ -448,7 +450,8 @@ async fn greet(
 }
 
 /// What was configured; for the canary, which wants to see the wall behind the guard, without the guard; for a client that
-/// replicates, which keeps its server connection and whose command never ends, as it must be.
+/// replicates, which keeps its server connection and whose command never ends, as it must be. (Beside others it is known
+/// which command that is.)
 fn rules_for(
     rules: &Arc<relay::Rules>,
     tenant: &Tenant,
@@ -456,7 +459,8 @@ fn rules_for(
     replicates: bool,
 ) -> Arc<relay::Rules> {
     if replicates {
-        let query_timeout = Duration::ZERO;
+        let alone = tenant.plan.replication() == Replication::Everything;
+        let query_timeout = if alone { Duration::ZERO } else { rules.query_timeout };
         let rules = relay::Rules { pool_mode: PoolMode::Session, query_timeout, ..relay::Rules::clone(rules) };
         return Arc::new(rules);
     }

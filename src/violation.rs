@@ -27,6 +27,8 @@ pub enum Kind {
     Startup,
     /// A FunctionCall message, which no grant of a statement checks.
     FunctionCall,
+    /// On a replication connection, what concerns more than the tenant's own database.
+    Replication,
     /// The canary has reached its victim: the wall has a hole.
     Canary,
 }
@@ -41,6 +43,7 @@ impl Kind {
             Self::Guard => "guard",
             Self::Startup => "startup",
             Self::FunctionCall => "function_call",
+            Self::Replication => "replication",
             Self::Canary => "canary",
         }
     }
@@ -186,10 +189,11 @@ impl Desk {
 
 /// Whether somebody was not let: no such right, or no such thing (for this tenant). What names another tenant and gets
 /// this has reached for it.
-pub fn is_refusal(code: &str) -> bool {
-    matches!(
-        code,
-        sqlstate::INSUFFICIENT_PRIVILEGE
+pub fn is_refusal(error: &PgError) -> bool {
+    is_foreign_slot(error)
+        || matches!(
+            &*error.code,
+            sqlstate::INSUFFICIENT_PRIVILEGE
             | sqlstate::UNKNOWN_DATABASE
             | sqlstate::INVALID_AUTHORIZATION
             | sqlstate::FEATURE_NOT_SUPPORTED
@@ -199,7 +203,7 @@ pub fn is_refusal(code: &str) -> bool {
             | "42883"
             | "42704"
             | "44000"
-    )
+        )
 }
 
 /// Whether a server's error denies something that belongs to another tenant. `rows`: tenants are rows of shared tables,
@@ -216,10 +220,20 @@ pub fn is_denial(error: &PgError, rows: bool, is_tenant: impl Fn(&str) -> bool) 
             let shared = COMMON.iter().any(|text| message.contains(text));
             let policy = rows && (message.contains("row-level security") || message.starts_with("must be owner of"));
             let detail = error.detail.as_deref().unwrap_or_default();
-            denied || shared || policy || names(message).chain(quoted(detail)).any(is_tenant)
+            denied || is_foreign_slot(error) || shared || policy || names(message).chain(quoted(detail)).any(is_tenant)
         }
         // Schema, database or role "…" does not exist (for this tenant); references to another database.
         "3F000" | sqlstate::UNKNOWN_DATABASE | sqlstate::FEATURE_NOT_SUPPORTED => quoted(message).any(is_tenant),
+        _ => is_foreign_slot(error),
+    }
+}
+
+/// Whether it is about a replication slot of another database: in the words of `plan_compat.sql`, and of the server.
+fn is_foreign_slot(error: &PgError) -> bool {
+    let message = error.message.as_str();
+    match &*error.code {
+        sqlstate::INSUFFICIENT_PRIVILEGE => message.starts_with("permission denied for replication slot"),
+        sqlstate::NOT_IN_PREREQUISITE_STATE => message.ends_with("was not created in this database"),
         _ => false,
     }
 }
@@ -277,6 +291,10 @@ mod tests {
             ("3F000", "no schema has been selected to create in", false, false),
             ("3D000", "database \"client_002\" does not exist", true, true),
             ("0A000", "cross-database references are not implemented: \"client_002.public.b\"", true, true),
+            ("42501", "permission denied for replication slot \"s\"", true, true),
+            ("42501", "permission denied to use replication slots", false, false),
+            ("55000", "replication slot \"s\" was not created in this database", true, true),
+            ("55000", "currval of sequence \"s\" is not yet defined in this session", false, false),
             ("42P01", "relation \"client_002.bookings\" does not exist", false, false),
             ("42601", "syntax error at or near \"client_002\"", false, false),
         ] {

@@ -684,14 +684,22 @@ async fn names_of_other_roles_are_not_taken_over() {
     let proxy = Proxy::start(config(&[&cluster], None)).await;
     proxy.ensure("first").await.unwrap();
     let shard = cluster.admin("tenants").await;
-    shard.batch_execute("CREATE ROLE boss SUPERUSER; CREATE SCHEMA stuff; CREATE TABLE stuff.t ()").await.unwrap();
-    for name in ["boss", "stuff"] {
+    shard
+        .batch_execute(
+            "CREATE ROLE boss SUPERUSER; CREATE SCHEMA stuff; CREATE TABLE stuff.t (); \
+             CREATE ROLE reader; GRANT pg_read_all_data TO reader; \
+             CREATE ROLE spoken; COMMENT ON ROLE spoken IS 'of somebody else'",
+        )
+        .await
+        .unwrap();
+    for name in ["boss", "stuff", "reader", "spoken"] {
         let error = proxy.ensure(name).await.unwrap_err();
         assert_eq!(error.code, "55000", "{error}");
         assert_eq!(proxy.control.delete(&id(name), "test").await.unwrap_err().code, "3D000");
     }
     assert_eq!(count(&shard, "SELECT count(*) FROM pg_roles WHERE rolname = 'boss' AND rolsuper").await, 1);
     assert_eq!(count(&shard, "SELECT count(*) FROM pg_tables WHERE schemaname = 'stuff'").await, 1);
+    assert_eq!(count(&shard, "SELECT count(*) FROM pg_roles WHERE rolname = 'reader' AND rolcanlogin").await, 0);
     proxy.stop().await;
 }
 

@@ -258,6 +258,7 @@ async fn a_tenant_with_a_shard_of_its_own_shares_it_with_nobody() {
         let error = proxy.control.create(&id(tenant), "test", choice.clone()).await.unwrap_err();
         assert_eq!(error.code, "55000", "{choice:?} {error}");
     }
+    own.admin("postgres").await.batch_execute("ALTER ROLE client_001 REPLICATION").await.unwrap();
     proxy.control.delete(&id("client_001"), "test").await.unwrap();
     assert_eq!(left(&own, "client_001|second|tenants").await, Vec::<String>::new());
     let record = proxy.control.delete(&id("client_002"), "test").await.unwrap();
@@ -287,6 +288,8 @@ async fn a_grade_can_be_changed_there_and_back() {
         ("SELECT pg_notification_queue_usage()", [false, false]),
         ("SELECT lo_export(1, 'x')", [false, false]),
         ("SELECT count(*) FROM pg_locks", [false, false]),
+        ("SELECT count(*) FROM pg_catalog.pg_replication_slots", [false, false]),
+        ("SELECT count(*) FROM pg_replication_slots", [true, true]),
         ("INSERT INTO notes (note) VALUES ('x'); UPDATE notes SET note = 'y'; SELECT note FROM notes", [true, true]),
     ];
     for (round, grade) in

@@ -83,6 +83,8 @@ impl Ward for Guard {
 
     fn function_call_refused(&self) {}
 
+    fn replication_refused(&self, _: &str) {}
+
     fn remember(&self, _: &[u8], _: Lex) {}
 }
 

@@ -64,6 +64,8 @@ impl Ward for Guard {
 
     fn function_call_refused(&self) {}
 
+    fn replication_refused(&self, _: &str) {}
+
     fn remember(&self, _: &[u8], _: Lex) {}
 }
 
@@ -193,14 +195,14 @@ impl<'a> Side<'a> {
                 self.flow.approve(total);
                 self.forwarded = Some(span);
             }
-            Verdict::Swallow | Verdict::Later => self.flow.swallow(total),
+            Verdict::Swallow | Verdict::Later | Verdict::Ahead => self.flow.swallow(total),
             Verdict::Replace => {
                 self.expected.extend_from_slice(scratch);
                 self.flow.out(buffers).extend_from_slice(scratch);
                 self.flow.replace(seen, total - seen);
                 self.forwarded = Some((span.0 + seen, span.1));
             }
-            Verdict::Instead | Verdict::Ahead => {
+            Verdict::Instead => {
                 self.expected.extend_from_slice(scratch);
                 self.flow.out(buffers).extend_from_slice(scratch);
                 self.flow.swallow(total);

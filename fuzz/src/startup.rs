@@ -7,6 +7,7 @@ use pgusher::client::handshake::{Handshake, Step, TlsPolicy};
 use pgusher::client::parameters::ClientParameters;
 use pgusher::tenant::TenantId;
 use pgusher::tenant::identify::{Hello, Known, Login, Rules, Source, identify};
+use pgusher::tenant::plan::Replication;
 use pgusher::wire::startup::{self, Startup, StartupMessage};
 use pgusher::wire::{CANCEL_KEY_LEN, MAX_STARTUP_BYTES, Version, message};
 
@@ -95,17 +96,21 @@ fn session(message: &StartupMessage, choices: u8) {
     assert!(message.parameters.iter().all(|(name, value)| !name.contains('\0') && !value.contains('\0')));
     let parameters = ClientParameters::read(message);
     identity(message, &parameters, choices);
-    for schema in [Some("client_001"), None] {
-        if let Ok(settings) = parameters.settings_for(schema) {
-            to_the_server(&settings, parameters.application_name.as_deref(), schema.is_none());
+    for (schema, replication, values) in [
+        (Some("client_001"), Replication::Nothing, &[][..]),
+        (Some("client_001"), Replication::OwnDatabase, &["database"]),
+        (None, Replication::Everything, &["true", "database"]),
+    ] {
+        if let Ok(settings) = parameters.settings_for(schema, replication) {
+            to_the_server(&settings, parameters.application_name.as_deref(), values);
         }
     }
 }
 
-/// Settings of a client never become anything but settings of the server connection; who has a server to itself may
-/// replicate.
-fn to_the_server(settings: &[(String, String)], application_name: Option<&str>, alone: bool) {
-    let replicates = |name: &str, value: &str| alone && name == "replication" && ["true", "database"].contains(&value);
+/// Settings of a client never become anything but settings of the server connection, but for the kinds of replication
+/// that its plan has.
+fn to_the_server(settings: &[(String, String)], application_name: Option<&str>, kinds: &[&str]) {
+    let replicates = |name: &str, value: &str| name == "replication" && kinds.contains(&value);
     for (name, value) in settings {
         let own = ["user", "database", "options", "replication", "role", "session_authorization"];
         assert!(replicates(name, value) || !own.contains(&name.as_str()) && !name.starts_with("_pq_."), "{name}");

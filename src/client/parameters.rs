@@ -21,6 +21,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{PgError, sqlstate};
+use crate::tenant::plan::Replication;
 use crate::wire::startup::{StartupMessage, excerpt, parse_options};
 
 /// Longest name of a setting, and longest value. Names of built-in ones have up to 63.
@@ -70,22 +71,30 @@ impl ClientParameters {
     }
 
     /// The settings to put behind the plan's own in the server connection's startup packet, for the tenant that lives
-    /// in `schema`; `None` is one that has its server to itself, and any `search_path`.
+    /// in `schema`; `None` is one that has its server to itself, and any `search_path`. `replication` is what it may have of
+    /// that.
     ///
     /// A `search_path` that names the tenant's schema, under its name or as `"$user"`, is what the plan sends anyway
     /// and is left out. The empty one is kept: it is a tool's way to have every name qualified.
     ///
     /// # Errors
     /// The first thing that the client may not have.
-    pub fn settings_for<'a>(&self, schema: impl Into<Option<&'a str>>) -> Result<Vec<(String, String)>, Refusal> {
+    pub fn settings_for<'a>(
+        &self,
+        schema: impl Into<Option<&'a str>>,
+        replication: Replication,
+    ) -> Result<Vec<(String, String)>, Refusal> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.clone());
         }
         let mut settings = self.settings.clone();
         let schema = schema.into();
         if let Some(value) = self.replication {
-            if schema.is_some() {
-                return Err(refused(no_replication()));
+            match replication {
+                Replication::Everything => {}
+                Replication::OwnDatabase if value == LOGICAL => {}
+                Replication::OwnDatabase => return Err(refused(no_physical_replication())),
+                Replication::Nothing => return Err(refused(no_replication())),
             }
             let at = settings.partition_point(|(name, _)| name.as_str() < REPLICATION);
             settings.insert(at, (REPLICATION.to_owned(), value.to_owned()));
@@ -204,6 +213,9 @@ fn check_name(name: &str) -> Result<(), Refusal> {
 /// <https://www.postgresql.org/docs/current/protocol-replication.html>
 pub const REPLICATION: &str = "replication";
 
+/// Its value for logical replication, of one database.
+const LOGICAL: &str = "database";
+
 /// What kind of replication connection is asked for; `replication=false` asks for none.
 fn check_replication(value: &str) -> Result<Option<&'static str>, Refusal> {
     let is = |words: &[&str]| words.contains(&value.to_ascii_lowercase().as_str());
@@ -211,8 +223,8 @@ fn check_replication(value: &str) -> Result<Option<&'static str>, Refusal> {
         Ok(None)
     } else if is(&["true", "t", "on", "yes", "y", "1"]) {
         Ok(Some("true"))
-    } else if is(&["database"]) {
-        Ok(Some("database"))
+    } else if is(&[LOGICAL]) {
+        Ok(Some(LOGICAL))
     } else {
         Err(refused(
             PgError::fatal(
@@ -227,7 +239,13 @@ fn check_replication(value: &str) -> Result<Option<&'static str>, Refusal> {
 fn no_replication() -> PgError {
     PgError::fatal(sqlstate::FEATURE_NOT_SUPPORTED, "replication connections are not supported for this tenant")
         .detail("A replication stream carries the changes of every tenant of a server, and REPLICATION is a privilege on all of it.")
-        .hint("Tenants of the plan \"cluster\", who have a server of their own, may replicate.")
+        .hint("Tenants of the plans \"database\" and \"cluster\" may replicate, if whoever runs this service lets them.")
+}
+
+fn no_physical_replication() -> PgError {
+    PgError::fatal(sqlstate::FEATURE_NOT_SUPPORTED, "physical replication connections are not supported for this tenant")
+        .detail("A physical stream carries the changes of every tenant of a server.")
+        .hint("Connect with replication=database, which is for the tenant's own database. Tenants of the plan \"cluster\", who have a server of their own, may replicate all of it.")
 }
 
 /// PostgreSQL keeps printable ASCII and 63 bytes.
@@ -342,7 +360,11 @@ mod tests {
 
     /// `name=value …`, or the SQLSTATE, with `!!` for a violation.
     fn told(parameters: &[(&str, &str)]) -> String {
-        match read(parameters).settings_for("client_001") {
+        told_with(parameters, Replication::Nothing)
+    }
+
+    fn told_with(parameters: &[(&str, &str)], replication: Replication) -> String {
+        match read(parameters).settings_for("client_001", replication) {
             Ok(settings) => settings.iter().map(|(n, v)| format!("{n}={v} ")).collect::<String>().trim_end().to_owned(),
             Err(refusal) => format!("{}{}", if refusal.violation { "!!" } else { "" }, refusal.error.code),
         }
@@ -384,7 +406,7 @@ mod tests {
             &[("pgusher.tenant", "t"), ("options", "-c pgusher.tenant=t")],
         ] {
             let read = read(parameters);
-            assert_eq!((read.tenant.as_deref(), read.settings_for("t")), (Some("t"), Ok(vec![])));
+            assert_eq!((read.tenant.as_deref(), read.settings_for("t", Replication::Nothing)), (Some("t"), Ok(vec![])));
         }
         // Even beside something refused: it says who is refused.
         assert_eq!(read(&[("role", "x"), ("pgusher.tenant", "t")]).tenant.as_deref(), Some("t"));
@@ -433,6 +455,25 @@ mod tests {
     }
 
     #[test]
+    fn who_shares_a_server_replicates_its_own_database_at_most() {
+        use Replication::{Everything, Nothing, OwnDatabase};
+        for (value, replication, expected) in [
+            ("database", Nothing, "0A000"),
+            ("true", Nothing, "0A000"),
+            ("off", Nothing, ""),
+            ("database", OwnDatabase, "replication=database"),
+            ("DataBase", OwnDatabase, "replication=database"),
+            ("true", OwnDatabase, "0A000"),
+            ("1", OwnDatabase, "0A000"),
+            ("no", OwnDatabase, ""),
+            ("database", Everything, "replication=database"),
+            ("yes", Everything, "replication=true"),
+        ] {
+            assert_eq!(told_with(&[("replication", value)], replication), expected, "{value} {replication:?}");
+        }
+    }
+
+    #[test]
     fn a_search_path_stays_at_home() {
         for (path, expected) in [
             ("client_001", ""),
@@ -471,7 +512,7 @@ mod tests {
         ) {
             let option = format!("-c {}={}", name.replace(' ', ""), value.replace([' ', '\\'], ""));
             let parameters = if inside { [("options", option.as_str())] } else { [(name.as_str(), value.as_str())] };
-            if let Ok(settings) = read(&parameters).settings_for("client_001") {
+            if let Ok(settings) = read(&parameters).settings_for("client_001", Replication::Nothing) {
                 for (name, _) in settings {
                     prop_assert!(!["user", "database", "options", "replication", "role"].contains(&name.as_str()));
                     prop_assert!(!name.starts_with("_pq_.") && name == name.to_ascii_lowercase());

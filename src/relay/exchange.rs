@@ -650,7 +650,9 @@ impl Relay {
         if rules.idle_transaction_timeout.is_zero() && rules.query_timeout.is_zero() && idle.is_zero() {
             return false;
         }
-        let waiting_for = if self.session.is_idle_in_transaction() {
+        let waiting_for = if self.session.may_stream() {
+            Waits::Nobody
+        } else if self.session.is_idle_in_transaction() {
             Waits::Client
         } else if self.session.is_idle() {
             let keeps = self.pinned.is_some() || rules.pool_mode == PoolMode::Session;

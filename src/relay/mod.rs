@@ -16,6 +16,7 @@ mod model;
 mod named;
 pub mod names;
 mod notify;
+pub mod replication;
 pub mod scan;
 pub mod session;
 pub mod settle;
@@ -47,6 +48,7 @@ use crate::pool::scope;
 use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
+use crate::tenant::plan::{MARK, Replication};
 use crate::violation::{self, Action, Kind, Violation};
 use crate::wire::frame::{self, HEADER, until_nul};
 use crate::wire::message;
@@ -233,6 +235,13 @@ struct Relay {
     memory: Memory,
 }
 
+/// The name under which a client streams that replicates beside others; see [`replication`].
+fn streams_as(client: &Client) -> Option<Box<str>> {
+    let shares = client.replicates && client.tenant.plan.replication() != Replication::Everything;
+    // As much of it as the server takes.
+    shares.then(|| format!("{MARK} {}", client.tenant.id).chars().take(lex::MAX_NAME).collect())
+}
+
 /// What a client does next.
 enum Next {
     Request,
@@ -271,7 +280,8 @@ impl Relay {
         let began_with = client.settings.iter().find(|(name, _)| name == scope::PATH).map(|(_, value)| value.as_str());
         let session = Session::new(client.id, client.rules.pool_mode, client.rules.max_prepared_statements)
             .with_max_named(client.rules.max_client_prepared_memory)
-            .with_search_path(began_with.or(client.params.get(scope::PATH)));
+            .with_search_path(began_with.or(client.params.get(scope::PATH)))
+            .with_replication(streams_as(&client));
         let pool = worker.pools.get(&client.tenant);
         let carried = pool.intern_carried(Arc::default());
         let up = Flow::preload(early);
@@ -472,7 +482,8 @@ impl Relay {
         }
         let id = &self.client.tenant.id;
         let tenant = self.worker.directory.find(id.as_str()).ok_or_else(|| gone(id.as_str()))?;
-        if tenant.status != Status::Active {
+        // Its settings were let through for the plan that it had.
+        if tenant.status != Status::Active || tenant.plan != self.client.tenant.plan {
             return Err(gone(id.as_str()));
         }
         self.pool = self.worker.pools.get(&tenant);

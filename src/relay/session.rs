@@ -21,6 +21,7 @@ use super::address::{self, Addressed};
 use super::lex::Lex;
 use super::named::Named;
 use super::names::{self, Use, Verb};
+use super::replication::{self, Said};
 use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, Severity, sqlstate};
@@ -29,6 +30,7 @@ use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::scope;
 use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner, has_scope};
+use crate::tenant::sql::Literal;
 use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
 
@@ -93,6 +95,8 @@ pub trait Ward {
     }
     /// A FunctionCall was refused.
     fn function_call_refused(&self);
+    /// Something was refused on a replication connection, beyond what the guard refuses.
+    fn replication_refused(&self, what: &str);
 }
 
 /// A Bind of which everything behind the tag and before the end has `length` bytes.
@@ -206,6 +210,10 @@ enum Expect {
     OurParse(Box<[u8]>),
     /// CloseComplete, which we give ourselves when its turn comes; what was closed, should it be skipped.
     OurClose(Option<Box<Closed>>),
+    /// `START_REPLICATION` beside others: what the client sends up to the end of it are messages to a walsender.
+    Stream,
+    /// A Query of ours that drops a slot if it is the tenant's, in the place of a command that would drop any.
+    DropSlot,
     /// Bound to fail; the client gets this instead of the server's error. A Query, or a Parse.
     RefusedQuery(Box<PgError>),
     RefusedParse(Box<PgError>),
@@ -326,6 +334,18 @@ pub struct Session {
     renames: bool,
     /// Why a statement could not be prepared for the Query or the Bind behind it.
     unprepared: Option<Box<(u64, PgError)>>,
+    /// The client replicates from a server that others use, too.
+    streams: Option<Box<Streams>>,
+}
+
+/// The streams of a client that replicates from a server that others use, too.
+#[derive(Debug)]
+struct Streams {
+    /// Their application_name. With a standby's a stream would be a standby: commits of all tenants would wait for it,
+    /// and be safe when it says so.
+    name: Box<str>,
+    /// What came of setting it, for the `START_REPLICATION` that waits for that.
+    named: Option<Result<(), PgError>>,
 }
 
 /// The name of a statement that lives no longer than it takes to prepare it.
@@ -395,6 +415,7 @@ impl Session {
             forgot_sequences: false,
             renames: false,
             unprepared: None,
+            streams: None,
         }
     }
 
@@ -409,6 +430,14 @@ impl Session {
     pub fn with_search_path(self, path: Option<&str>) -> Self {
         let temporary = path.is_some_and(scope::is_temporary);
         Self { temporary, began_temporary: temporary, ..self }
+    }
+
+    /// The same for a client that replicates from a server that others use, too: it may say what [`replication::read`]
+    /// lets through, and streams under this name, which is ASCII.
+    #[must_use]
+    pub fn with_replication(self, streams_as: Option<Box<str>>) -> Self {
+        let streams = streams_as.map(|name| Box::new(Streams { name, named: None }));
+        Self { streams, ..self }
     }
 
     /// Whether the server connection may go back.
@@ -458,7 +487,7 @@ impl Session {
             use Expect::*;
             let parses =
                 matches!(e, Parse(_) | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
-            parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_))
+            parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_) | Stream | DropSlot)
         };
         let owed = self.expects.iter().filter(|e| says(e)).count();
         // Execute, Describe and Sync belong to what came before them.
@@ -585,6 +614,7 @@ impl Session {
     pub fn needs(&self, header: Header, have: &[u8], limit: usize, max: usize) -> Result<usize, PgError> {
         match header.tag {
             b'Q' | b'B' | b'D' | b'C' | b'F' | b'E' => Ok(header.total.min(limit)),
+            b'd' if self.streams.is_some() => Ok(header.total.min(HEADER + 1)),
             b'P' if self.statements == Statements::PassThrough => Ok(header.total.min(limit)),
             b'P' => match have.get(HEADER) {
                 None => Ok(header.total.min(HEADER + 1)),
@@ -642,6 +672,10 @@ impl Session {
             }
             b'H' => Ok(Verdict::Forward),
             b'd' => {
+                if self.may_stream() && frame.get(HEADER) != Some(&STATUS_UPDATE) {
+                    link.ward.replication_refused("a message to a walsender other than a status update");
+                    return Err(no_feedback());
+                }
                 self.copy_data = true;
                 Ok(Verdict::Forward)
             }
@@ -688,6 +722,12 @@ impl Session {
 
     fn query(&mut self, header: Header, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
         let text = until_nul(&frame[HEADER..]);
+        let whole = frame.len() == header.total;
+        if self.streams.is_some()
+            && let Some(verdict) = self.replicate(text, whole, link, out)
+        {
+            return verdict;
+        }
         let residue = match self.cannot_pool(text).map_or_else(|| look(text, link.ward), Err) {
             Ok(residue) => residue,
             Err(error) => {
@@ -695,7 +735,6 @@ impl Session {
                 return self.refuse_query(error, out);
             }
         };
-        let whole = frame.len() == header.total;
         let addressed = match residue.processes && whole {
             true => addressed(text, link.ward, |process| address::in_text(text, process)),
             false => Addressed::AsItIs,
@@ -736,6 +775,63 @@ impl Session {
             None => out.extend_from_slice(frame),
         }
         Verdict::Replace
+    }
+
+    /// A Query of who replicates from a server that others use, too, unless it is SQL.
+    fn replicate(&mut self, text: &[u8], whole: bool, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Verdict> {
+        let said = replication::read(text, whole);
+        if said == Ok(Said::Sql) {
+            return None;
+        }
+        let mut named = None;
+        if said == Ok(Said::Stream)
+            && let Some(streams) = &mut self.streams
+        {
+            named = streams.named.take();
+            if named.is_none() {
+                message::query(out, &format!("SET application_name = {}", Literal(&streams.name)));
+                self.expects.push_back(Expect::InjectedQuery);
+                return Some(Verdict::Ahead);
+            }
+        }
+        (self.unnamed, link.prepared.unnamed, self.open_group) = (None, None, false);
+        self.queries += 1;
+        Some(match said {
+            Ok(Said::Sql | Said::Command) => {
+                self.expects.push_back(Expect::Query(None));
+                Verdict::Forward
+            }
+            Ok(Said::Stream) => match named {
+                // It may have been cancelled, or in a transaction that has failed.
+                Some(Err(error)) => self.refuse_query(error, out),
+                _ => {
+                    self.expects.push_back(Expect::Stream);
+                    Verdict::Forward
+                }
+            },
+            Ok(Said::Drop { slot, wait }) => {
+                message::query(out, &format!("CALL tenant_shim.pgusher_drop_slot({}, {wait})", Literal(&slot)));
+                self.expects.push_back(Expect::DropSlot);
+                Verdict::Instead
+            }
+            Err(refusal) => {
+                link.ward.replication_refused(refusal.what());
+                self.refuse_query(refusal.error(), out)
+            }
+        })
+    }
+
+    /// What came of a Query of ours, for the `START_REPLICATION` that waits for it.
+    fn note_stream_name(&mut self, outcome: Result<(), PgError>) {
+        if let Some(streams) = &mut self.streams {
+            streams.named = Some(outcome);
+        }
+    }
+
+    /// Whether what comes now may be for a walsender that streams, beside others.
+    #[inline]
+    pub fn may_stream(&self) -> bool {
+        self.streams.is_some() && self.expects.iter().any(|e| matches!(e, Expect::Stream))
     }
 
     /// Names of prepared statements in a text that does anything of interest.
@@ -1276,9 +1372,6 @@ impl Session {
             self.push_extended(Expect::CloseUnnamed(Turn { serial: self.unnamed_serial, before }));
             return Ok(Verdict::Forward);
         }
-        if let Some(verdict) = self.look_at_columns(name, max, link, out) {
-            return Ok(verdict);
-        }
         let Some(resolved) = self.resolve(name, max, link, out) else { return Ok(self.unknown(out)) };
         let mut shared = None;
         if name.is_empty() {
@@ -1416,7 +1509,7 @@ impl Session {
             b'T' | b't' | b'n' => Ok(self.described(header, frame, prepared)),
             b'D' | b'd' | b'A' | b'S' | b'H' | b'c' | b'V' => Ok(Verdict::Forward),
             b'Z' => self.ready(frame),
-            b'C' => Ok(self.complete(frame, prepared)),
+            b'C' => Ok(self.complete(frame, prepared, out)),
             b'I' | b's' => {
                 if matches!(self.expects.front(), Some(Expect::Execute(_))) {
                     self.take();
@@ -1505,13 +1598,20 @@ impl Session {
         }
     }
 
-    fn complete(&mut self, frame: &[u8], prepared: &mut Prepared) -> Verdict {
+    fn complete(&mut self, frame: &[u8], prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
         let tag = cstr(&frame[HEADER..]).map_or(&frame[HEADER..], |(tag, _)| tag);
         match self.expects.front_mut() {
-            Some(Expect::InjectedQuery) => return Verdict::Swallow,
+            Some(Expect::InjectedQuery) => {
+                self.note_stream_name(Ok(()));
+                return Verdict::Swallow;
+            }
             Some(Expect::InjectedStep(_)) => {
                 self.take();
                 return Verdict::Swallow;
+            }
+            Some(Expect::DropSlot) => {
+                message::command_complete(out, "DROP_REPLICATION_SLOT");
+                return Verdict::Instead;
             }
             Some(Expect::Query(Some(events)) | Expect::Execute(Some(events))) if is_about_names(tag) => {
                 // What EXECUTE has run says its own name.
@@ -1614,7 +1714,10 @@ impl Session {
             // Its farewell is for the client.
             _ if error.severity == Severity::Fatal => Verdict::Forward,
             // What the client said comes behind it, and fails by itself.
-            Some(Expect::InjectedQuery) => Verdict::Swallow,
+            Some(Expect::InjectedQuery) => {
+                self.note_stream_name(Err(error));
+                Verdict::Swallow
+            }
             Some(front) if is_step_of_ours(front) && self.is_in_group_of_ours() => {
                 self.note_unprepared(error);
                 Verdict::Swallow
@@ -1651,6 +1754,9 @@ impl Session {
             return false;
         }
         if self.expects.len() >= MAX_EXPECTS && !self.copy_in {
+            return true;
+        }
+        if self.streams.is_some() && self.expects.iter().any(|e| matches!(e, Expect::InjectedQuery)) {
             return true;
         }
         if !matches!(header.tag, b'Q' | b'P' | b'B' | b'D' | b'C') {
@@ -1729,7 +1835,7 @@ impl Session {
                     return;
                 }
                 // It takes the unnamed statement away.
-                Expect::Query(_) | Expect::RefusedQuery(_) => return,
+                Expect::Query(_) | Expect::RefusedQuery(_) | Expect::Stream | Expect::DropSlot => return,
                 _ => {}
             }
         }
@@ -1760,8 +1866,8 @@ fn is_step_of_ours(expect: &Expect) -> bool {
 
 /// Whether ReadyForQuery answers it, and an error in it skips nothing that comes behind.
 fn ends_by_itself(expect: &Expect) -> bool {
-    use Expect::{Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Sync};
-    matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery)
+    use Expect::{DropSlot, Function, InjectedQuery, InjectedSync, Query, RefusedQuery, Stream, Sync};
+    matches!(expect, Query(_) | Sync | Function | RefusedQuery(_) | InjectedSync | InjectedQuery | Stream | DropSlot)
 }
 
 /// Whether names of prepared statements mean something else when this is done.
@@ -1839,6 +1945,16 @@ fn too_many_names(max: usize) -> PgError {
     PgError::error(sqlstate::LIMIT_EXCEEDED, "too many prepared statements (max_client_prepared_memory)")
         .detail(format!("What this connection has prepared by name may take {max} bytes of the proxy's memory."))
         .hint("Close statements that are not used any more (DEALLOCATE ALL), or raise max_client_prepared_memory.")
+}
+
+/// What a logical stream's client tells the walsender: how far it has come.
+/// <https://www.postgresql.org/docs/current/protocol-replication.html>
+const STATUS_UPDATE: u8 = b'r';
+
+fn no_feedback() -> PgError {
+    PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, "permission denied: feedback other than a status update")
+        .detail("Hot standby feedback keeps the server from cleaning up in the databases of all tenants.")
+        .hint("A client of a logical stream sends standby status updates only.")
 }
 
 fn malformed(kind: &str) -> PgError {

@@ -115,6 +115,11 @@ impl Ward for Guard<'_> {
         let attempt = attempt(self.client, Kind::FunctionCall, Action::Refused);
         self.worker.metrics.report(attempt.what("FunctionCall message"));
     }
+
+    fn replication_refused(&self, what: &str) {
+        let attempt = attempt(self.client, Kind::Replication, Action::Refused);
+        self.worker.metrics.report(attempt.what(what));
+    }
 }
 
 /// An error that the server has sent, and what it was about.
@@ -133,7 +138,7 @@ impl Refused<'_> {
         client.stats.errors.fetch_add(1, Ordering::Relaxed);
         let neighbours = Neighbours::of(client.tenant.plan);
         let is_fatal = error.severity == crate::error::Severity::Fatal;
-        if neighbours == Neighbours::None || memory.observed.get() || !violation::is_refusal(&error.code) {
+        if neighbours == Neighbours::None || memory.observed.get() || !violation::is_refusal(&error) {
             return is_fatal;
         }
         let is_tenant = |name: &str| is_other_tenant(worker, client, name);

@@ -132,6 +132,21 @@ pub struct Limits {
     pub connections: i32,
 }
 
+/// Which replication connections a tenant may have, if its role has `REPLICATION`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replication {
+    /// None: its database is others', too.
+    Nothing,
+    /// Logical ones, and on them what concerns its own database alone: the server is others', too.
+    OwnDatabase,
+    /// All of them: there is nobody else.
+    Everything,
+}
+
+/// Output plugins that a tenant may name where it shares the server: PostgreSQL would load any library by its path, and
+/// what a library does when it is loaded is no tenant's to choose. `plan_compat.sql` has the same list.
+pub const OUTPUT_PLUGINS: [&str; 4] = ["pgoutput", "test_decoding", "wal2json", "decoderbufs"];
+
 /// The group that carries what all tenants of shared databases may do.
 pub const GROUP: &str = "app_tenants";
 /// The role that owns tenants' schemas and databases, and shared tables.
@@ -143,7 +158,7 @@ pub const TENANT_COLUMN: &str = "tenant_id";
 /// Name of the policies.
 pub const POLICY: &str = "tenant_isolation";
 /// Raised when [`Plan::setup`] changes, so that shards that have an older one are set up again.
-pub const SETUP_VERSION: u32 = 5;
+pub const SETUP_VERSION: u32 = 6;
 /// What the comment on a role, schema or database of a tenant begins with; the id follows.
 pub const MARK: &str = "pgusher tenant";
 
@@ -204,6 +219,15 @@ impl Plan {
     /// Whether the tenant's role may be a superuser: only where there is nobody else.
     pub fn may_be_superuser(self) -> bool {
         self == Self::Cluster
+    }
+
+    /// Which replication connections its tenants may have.
+    pub fn replication(self) -> Replication {
+        match self {
+            Self::Rls | Self::Schema => Replication::Nothing,
+            Self::Database => Replication::OwnDatabase,
+            Self::Cluster => Replication::Everything,
+        }
     }
 
     /// Settings of the server connection's startup packet, with which an unchanged client finds its tables.
@@ -305,13 +329,19 @@ impl Plan {
     pub fn look(self, home: &Home) -> String {
         let Home { id, database, schema, role } = home;
         let mark = format!("{MARK} {id}");
-        // What a tenant can never have is a sign that the role is somebody else's.
+        // What a tenant can never have is a sign that the role is somebody else's. REPLICATION the operator may have given
+        // to one of ours.
+        // Without a comment it is not ours either: null would say that there is no such role, and it would be taken.
+        let ours = format!("(pg_catalog.shobj_description(r.oid, 'pg_authid') = {}) IS TRUE", Literal(&mark));
+        let given = match self.replication() {
+            Replication::Nothing => "true".to_owned(),
+            Replication::OwnDatabase | Replication::Everything => format!("NOT ({ours})"),
+        };
+        let never = format!("r.rolsuper OR r.rolcreaterole OR r.rolbypassrls OR r.rolreplication AND {given}");
         let role = format!(
-            "(SELECT NOT (r.rolsuper OR r.rolcreaterole OR r.rolreplication OR r.rolbypassrls) AND \
-              (pg_catalog.shobj_description(r.oid, 'pg_authid') = {mark} OR EXISTS (SELECT FROM pg_auth_members m \
+            "(SELECT NOT ({never}) AND ({ours} OR EXISTS (SELECT FROM pg_auth_members m \
                JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid AND g.rolname = '{GROUP}')) \
              FROM pg_roles r WHERE r.rolname = {role})",
-            mark = Literal(&mark),
             role = Literal(role)
         );
         let database = Literal(database);
@@ -572,6 +602,12 @@ mod tests {
             assert!(!sql.contains("GRANT ALL"), "{plan:?}");
             assert_eq!(plan.may_be_superuser(), plan == Plan::Cluster);
         }
+    }
+
+    #[test]
+    fn the_output_plugins_are_those_of_the_functions() {
+        let listed = OUTPUT_PLUGINS.map(|plugin| format!("'{plugin}'")).join(", ");
+        assert!(include_str!("plan_compat.sql").contains(&format!("plugin NOT IN ({listed})")), "{listed}");
     }
 
     #[test]

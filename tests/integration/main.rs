@@ -25,6 +25,7 @@ mod notify;
 mod own_server;
 mod pooling;
 mod provisioning;
+mod replication;
 mod startup;
 mod statements;
 mod tls;

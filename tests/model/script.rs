@@ -293,7 +293,7 @@ impl Script {
     fn named(&mut self, step: &mut Step) {
         let name = self.dice.pick(PROTOCOL_NAMES);
         match self.dice.below(5) {
-            0 => step.ops.push(Op::DescribeStatement(name)),
+            0 if name != "d" => step.ops.push(Op::DescribeStatement(name)),
             1 => step.ops.push(Op::CloseStatement(name)),
             _ => {
                 let values = if self.dice.one_in(2) { vec![self.dice.pick(KEYS).to_owned()] } else { Vec::new() };

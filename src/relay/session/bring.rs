@@ -170,13 +170,7 @@ impl Session {
 
     /// Asks the server what a named statement returns here, if nobody has, before it is used; refuses what differs from what
     /// the client was told. `None`: nothing stands in the way.
-    pub(super) fn look_at_columns(
-        &mut self,
-        name: &[u8],
-        max: usize,
-        link: &mut Link<'_>,
-        out: &mut BytesMut,
-    ) -> Option<Verdict> {
+    fn look_at_columns(&mut self, name: &[u8], max: usize, link: &mut Link<'_>, out: &mut BytesMut) -> Option<Verdict> {
         let (statement, told) = self.named.get_told(name)?;
         if told == 0 || self.status == b'E' || statement.names || statement.residue.processes {
             return None;

@@ -23,6 +23,8 @@ impl Ward for Guard {
     fn remember(&self, _: &[u8], _: Lex) {}
 
     fn function_call_refused(&self) {}
+
+    fn replication_refused(&self, _: &str) {}
 }
 
 /// A session and the server connection that it uses, as far as there is one.
@@ -66,8 +68,8 @@ impl Both {
         let mut out = BytesMut::new();
         let mut got = match self.session.on_server(header, &frame, &mut self.prepared, &mut out)? {
             Verdict::Forward => frame,
-            Verdict::Swallow | Verdict::Later => Vec::new(),
-            Verdict::Replace | Verdict::Instead | Verdict::Ahead => out.to_vec(),
+            Verdict::Swallow | Verdict::Later | Verdict::Ahead => Vec::new(),
+            Verdict::Replace | Verdict::Instead => out.to_vec(),
         };
         let mut answers = BytesMut::new();
         self.session.flush_ours(&mut answers);
@@ -626,4 +628,58 @@ fn what_cannot_be_prepared_anew_fails_the_bind_that_waits_for_it() {
     assert_eq!(both.client(b'S', b"").0, "S");
     assert_eq!(both.servers(&[READY]), "Z");
     assert!(both.session.is_idle());
+}
+
+#[test]
+fn a_stream_beside_others_begins_under_a_name_of_ours() {
+    let mut both = Both::new(PoolMode::Session);
+    both.session = Session::new(1, PoolMode::Session, 2).with_replication(Some("ours".into()));
+    let start = b"START_REPLICATION SLOT s LOGICAL 0/0\0";
+    let query = |tag| frame::header(&message(tag, b"x\0")).unwrap().unwrap();
+    for (answers, sent) in [(&[(b'C', &b"SET\0"[..]), READY][..], "Q"), (&[ERROR, READY], "Q")] {
+        // The name goes ahead, and everything waits for what comes of it.
+        assert_eq!(both.client(b'Q', start), ("Q".into(), String::new()));
+        assert!(both.session.must_wait(query(b'Q'), b"") && both.session.must_wait(query(b'd'), b""));
+        assert_eq!(both.servers(answers), "");
+        assert_eq!(both.client(b'Q', start), (sent.into(), String::new()));
+        // The second time it was refused, with the server's words.
+        let end: &[(u8, &[u8])] = if answers[0].0 == b'E' { &[ERROR, READY] } else { &[(b'W', b""), ERROR, READY] };
+        assert!(both.servers(end).ends_with("EZ"));
+        assert!(both.session.is_idle());
+    }
+    assert_eq!(both.client(b'Q', b"BASE_BACKUP\0").0, "Q");
+    assert_eq!(both.servers(&[ERROR, READY]), "EZ");
+    assert_eq!(both.client(b'Q', b"DROP_REPLICATION_SLOT s\0").0, "Q");
+    assert_eq!(both.servers(&[(b'C', b"CALL\0"), READY]), "CZ");
+    assert!(both.session.is_idle());
+}
+
+#[test]
+fn a_stream_beside_others_takes_status_updates_only() {
+    let mut both = Both::new(PoolMode::Session);
+    both.session = Session::new(1, PoolMode::Session, 2).with_replication(Some("ours".into()));
+    let says = |both: &mut Both, body: &[u8]| {
+        let frame = message(b'd', body);
+        let header = frame::header(&frame).unwrap().unwrap();
+        let needed = both.session.needs(header, &frame, 8192, 8192).unwrap();
+        let mut link = Link { prepared: &mut both.prepared, registry: &both.registry, ward: &Guard };
+        both.session.on_client(header, &frame[..needed], &mut link, &mut BytesMut::new()).map_err(|e| e.code)
+    };
+    assert_eq!(says(&mut both, b"h"), Ok(Verdict::Forward), "nobody listens");
+    both.client(b'Q', b"COPY t FROM STDIN\0");
+    both.servers(&[(b'G', b"")]);
+    assert_eq!(says(&mut both, b"h"), Ok(Verdict::Forward), "data");
+    both.client(b'c', b"");
+    both.servers(&[(b'C', b"COPY 1\0"), READY]);
+    both.client(b'Q', b"START_REPLICATION SLOT s LOGICAL 0/0\0");
+    both.servers(&[(b'C', b"SET\0"), READY]);
+    both.client(b'Q', b"START_REPLICATION SLOT s LOGICAL 0/0\0");
+    for begun in [false, true] {
+        if begun {
+            both.servers(&[(b'W', b"")]);
+        }
+        assert_eq!(says(&mut both, b"r1"), Ok(Verdict::Forward));
+        assert_eq!(says(&mut both, b"h1").unwrap_err(), "42501");
+        assert_eq!(says(&mut both, b"").unwrap_err(), "42501");
+    }
 }
