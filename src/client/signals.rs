@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 
 use crate::error::{PgError, sqlstate};
+use crate::wire::frame::until_nul;
 use crate::wire::message;
 
 const KILL: u8 = 1;
@@ -69,13 +70,29 @@ struct Mail {
 }
 
 /// One notification.
-#[derive(Debug)]
-struct Letter {
-    /// The process that it comes from; `None` while that is being asked.
-    pid: Option<u32>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Letter {
+    /// The server process that it comes from.
+    pub from: u32,
+    /// What the client is told in its place; `None` while that is being asked.
+    pub pid: Option<u32>,
     /// Channel and payload, as in the message; nothing is left of one that must not be delivered.
-    text: Bytes,
+    pub text: Bytes,
 }
+
+impl Letter {
+    fn channel(&self) -> &[u8] {
+        until_nul(&self.text)
+    }
+
+    /// Whether it is the same notification, of those that come at about the same time.
+    fn is(&self, other: &Self) -> bool {
+        (self.from, &self.text) == (other.from, &other.text)
+    }
+}
+
+/// Most notifications that are compared with others, each with each.
+const MAX_COMPARED: usize = 1000;
 
 /// What was found in it.
 #[derive(Debug)]
@@ -106,29 +123,54 @@ impl Signals {
 
     /// Leaves a notification for the client: channel and payload, each with its NUL. With no process id known the
     /// notification, and all behind it, waits for [`Signals::vouch`] with the number that is returned.
-    pub fn deliver(&self, pid: Option<u32>, text: Bytes) -> u64 {
+    pub fn deliver(&self, letter: Letter) -> u64 {
         let mut mail = self.mail.lock();
         let mail = mail.get_or_insert_default();
-        mail.bytes += text.len();
-        let number = mail.first + mail.letters.len() as u64;
+        let number = mail.first.wrapping_add(mail.letters.len() as u64);
+        mail.bytes += letter.text.len();
+        mail.letters.push_back(letter);
+        self.note_mail(mail);
+        number
+    }
+
+    /// Puts what has come another way, on these channels, in front of what has been delivered since; what is the end of the one and
+    /// the beginning of the other came both ways, and is delivered once.
+    pub fn deliver_before(&self, mut earlier: Vec<Letter>, is_channel: impl Fn(&[u8]) -> bool) {
+        if earlier.is_empty() {
+            return;
+        }
+        let mut mail = self.mail.lock();
+        let mail = mail.get_or_insert_default();
+        let there = mail.letters.iter().filter(|letter| is_channel(letter.channel()));
+        let there: Vec<_> = there.take(earlier.len().min(MAX_COMPARED)).collect();
+        let is_double = |n: &usize| earlier[earlier.len() - n..].iter().zip(&there).all(|(a, b)| a.is(b));
+        let doubles = (0..=there.len()).rev().find(is_double).unwrap_or(0);
+        earlier.truncate(earlier.len() - doubles);
+        for letter in earlier.into_iter().rev() {
+            mail.first = mail.first.wrapping_sub(1);
+            mail.bytes += letter.text.len();
+            mail.letters.push_front(letter);
+        }
+        self.note_mail(mail);
+    }
+
+    fn note_mail(&self, mail: &mut Mail) {
         if mail.bytes > MAX_MAIL {
             // PostgreSQL would keep them for everybody until its queue is full. What comes now finds no room either.
             mail.letters.clear();
             self.reason.lock().get_or_insert_with(|| Box::new(too_much_mail()));
             self.flags.fetch_or(KILL, Ordering::AcqRel);
         } else {
-            mail.letters.push_back(Letter { pid, text });
             self.flags.fetch_or(MAIL, Ordering::AcqRel);
         }
         self.task.wake();
-        number
     }
 
     /// Says from which process the notification comes; `None` if it must not be delivered.
     pub fn vouch(&self, number: u64, pid: Option<u32>) {
         let mut mail = self.mail.lock();
         let Some(mail) = mail.as_mut() else { return };
-        let at = number.checked_sub(mail.first).and_then(|at| usize::try_from(at).ok());
+        let at = usize::try_from(number.wrapping_sub(mail.first)).ok();
         let Some(letter) = at.and_then(|at| mail.letters.get_mut(at)) else { return };
         letter.pid = Some(pid.unwrap_or_default());
         if pid.is_none() {
@@ -158,7 +200,7 @@ impl Signals {
         let mut taken = 0;
         while mail.letters.front().is_some_and(|letter| letter.pid.is_some()) {
             let Some(letter) = mail.letters.pop_front() else { break };
-            mail.first += 1;
+            mail.first = mail.first.wrapping_add(1);
             mail.bytes -= letter.text.len();
             if let (Some(pid), false) = (letter.pid, letter.text.is_empty()) {
                 message::notification_response(out, pid.cast_signed(), &letter.text);
@@ -217,15 +259,47 @@ fn too_much_mail() -> PgError {
 mod tests {
     use super::*;
 
+    fn letter(pid: Option<u32>, text: &'static [u8]) -> Letter {
+        Letter { from: pid.unwrap_or(9), pid, text: Bytes::from_static(text) }
+    }
+
+    #[test]
+    fn what_came_both_ways_is_delivered_once() {
+        for (own, box_, expected) in [
+            ("", "", ""),
+            ("abc", "", "abc"),
+            ("", "abc", "abc"),
+            ("abc", "cde", "abcde"),
+            ("abc", "abcd", "abcd"),
+            ("aab", "abaa", "aabaa"),
+            ("abc", "xcde", "abxcde"),
+            ("aaa", "aa", "aaa"),
+            ("ab", "cd", "abcd"),
+            ("abx", "ccd", "abccd"),
+        ] {
+            let signals = Signals::default();
+            let letter = |c: char| Letter { from: 1, pid: Some(1), text: format!("{c}\0\0").into_bytes().into() };
+            // On `x` nobody listens anew: it is not compared.
+            box_.chars().for_each(|c| assert!(signals.deliver(letter(c)) < 9));
+            let asked = signals.deliver(Letter { pid: None, ..letter('q') });
+            signals.deliver_before(own.chars().filter(|c| *c != 'x').map(letter).collect(), |channel| channel != b"x");
+            signals.vouch(asked, Some(7));
+            let mut out = BytesMut::new();
+            signals.take_mail(&mut out);
+            let got: String = out.chunks(12).map(|message| char::from(message[9])).collect();
+            assert_eq!(got, format!("{expected}q"), "{own} {box_}");
+        }
+    }
+
     #[test]
     fn notifications_keep_their_order_while_one_is_asked_for() {
         let signals = Signals::default();
         let mut out = BytesMut::new();
         assert_eq!(signals.take_mail(&mut out), 0);
-        signals.deliver(Some(1), Bytes::from_static(b"a\0\0"));
-        let asked = signals.deliver(None, Bytes::from_static(b"b\0\0"));
-        let denied = signals.deliver(None, Bytes::from_static(b"c\0\0"));
-        signals.deliver(Some(4), Bytes::from_static(b"d\0\0"));
+        signals.deliver(letter(Some(1), b"a\0\0"));
+        let asked = signals.deliver(letter(None, b"b\0\0"));
+        let denied = signals.deliver(letter(None, b"c\0\0"));
+        signals.deliver(letter(Some(4), b"d\0\0"));
         assert!(signals.has_mail());
         assert_eq!(signals.take_mail(&mut out), 1);
         assert!(!signals.has_mail() && !signals.is_mailbox_empty());
@@ -242,7 +316,7 @@ mod tests {
     fn who_does_not_read_is_told_to_go() {
         let signals = Signals::default();
         for _ in 0..=MAX_MAIL / 8000 {
-            signals.deliver(Some(1), Bytes::from(vec![b'x'; 8001]));
+            signals.deliver(Letter { from: 1, pid: Some(1), text: Bytes::from(vec![b'x'; 8001]) });
         }
         let Poll::Ready(Signal::Kill(reason)) = signals.poll(&mut Context::from_waker(Waker::noop())) else {
             panic!("it goes on");

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use super::connect::ServerConnection;
 use super::faces::Heard;
 use super::{DATABASE, Lease, Pool, Settings};
-use crate::client::signals::Signals;
+use crate::client::signals::{Letter, Signals};
 use crate::error::{PgError, sqlstate};
 use crate::metrics::Notified;
 use crate::tenant::sql::{Literal, Name};
@@ -79,7 +79,9 @@ pub struct Listener {
 struct State {
     clients: HashMap<u64, Client>,
     /// Clients by channel.
-    channels: BTreeMap<Box<str>, Vec<u64>>,
+    channels: BTreeMap<Box<str>, Vec<Member>>,
+    /// Those that have come since the server was asked last.
+    newcomers: Vec<(Box<str>, u64)>,
     /// Told when the server has carried out what was wanted at this moment, and all notifications sent before it have
     /// been delivered.
     errands: Vec<oneshot::Sender<bool>>,
@@ -90,6 +92,13 @@ struct State {
 struct Client {
     signals: Arc<Signals>,
     channels: Channels,
+}
+
+/// A client of a channel.
+struct Member {
+    client: u64,
+    /// It gets what is sent: not before the server has answered to that, for what was sent before is not for it.
+    active: bool,
 }
 
 /// What a client listens to. Dropping it ends that.
@@ -178,13 +187,21 @@ impl State {
         let client = self.clients.remove(&number)?;
         for channel in &client.channels {
             if let Some(clients) = self.channels.get_mut(channel) {
-                clients.retain(|client| *client != number);
+                clients.retain(|member| member.client != number);
                 if clients.is_empty() {
                     self.channels.remove(channel);
                 }
             }
         }
         Some(client)
+    }
+
+    /// From now on these get what is sent.
+    fn activate(&mut self, newcomers: &[(Box<str>, u64)]) {
+        for (channel, number) in newcomers {
+            let members = self.channels.get_mut(channel).into_iter().flatten();
+            members.filter(|member| member.client == *number).for_each(|member| member.active = true);
+        }
     }
 
     fn wanted(&self) -> Channels {
@@ -234,9 +251,17 @@ impl Drop for Counted {
 impl Listener {
     fn put(&self, number: u64, signals: &Arc<Signals>, channels: &Channels) {
         let mut state = self.state.lock();
+        let is_active = |members: &Vec<Member>| members.iter().any(|member| member.client == number && member.active);
+        let before = state.clients.get(&number).into_iter().flat_map(|client| &client.channels);
+        let had: Channels =
+            before.filter(|channel| state.channels.get(*channel).is_some_and(is_active)).cloned().collect();
         state.remove(number);
         for channel in channels {
-            state.channels.entry(channel.clone()).or_default().push(number);
+            let active = had.contains(channel);
+            state.channels.entry(channel.clone()).or_default().push(Member { client: number, active });
+            if !active {
+                state.newcomers.push((channel.clone(), number));
+            }
         }
         state.clients.insert(number, Client { signals: signals.clone(), channels: channels.clone() });
     }
@@ -319,11 +344,11 @@ impl Listener {
         })
     }
 
-    fn deliver(&self, pid: u32, channel: &str, text: &Bytes) {
+    fn deliver(&self, channel: &str, letter: &Letter) {
         let state = self.state.lock();
-        for number in state.channels.get(channel).into_iter().flatten() {
-            if let Some(client) = state.clients.get(number) {
-                client.signals.deliver(Some(pid), text.clone());
+        for member in state.channels.get(channel).into_iter().flatten().filter(|member| member.active) {
+            if let Some(client) = state.clients.get(&member.client) {
+                client.signals.deliver(letter.clone());
             }
         }
     }
@@ -333,19 +358,24 @@ impl Ear<'_> {
     /// Serves the clients until nobody listens or the connection is lost.
     async fn attend(&mut self, listener: &Listener) -> Ended {
         loop {
-            let (wanted, errands) = {
+            let (wanted, errands, newcomers) = {
                 let mut state = listener.state.lock();
                 if state.ended || (state.clients.is_empty() && state.errands.is_empty()) {
                     return Ended::Unused;
                 }
-                (state.wanted(), std::mem::take(&mut state.errands))
+                (state.wanted(), std::mem::take(&mut state.errands), std::mem::take(&mut state.newcomers))
             };
-            if wanted != self.listening || !errands.is_empty() {
+            if wanted != self.listening || !errands.is_empty() || !newcomers.is_empty() {
                 let asked = tokio::time::timeout(ANSWER, self.ask(listener, wanted)).await;
-                let Ok(Some(done)) = asked else {
-                    tell(errands, false);
-                    return Ended::Lost;
-                };
+                let done = matches!(asked, Ok(Some(true)));
+                let mut state = listener.state.lock();
+                if done {
+                    state.activate(&newcomers);
+                } else {
+                    // They are still to come, on another connection.
+                    state.newcomers.extend(newcomers);
+                }
+                drop(state);
                 tell(errands, done);
                 if !done {
                     return Ended::Lost;
@@ -435,12 +465,12 @@ impl Ear<'_> {
         let channel = std::str::from_utf8(channel).ok()?;
         let (tenant, faces) = (self.pool.tenant(), self.pool.faces());
         let waited = self.since.elapsed();
-        let pid = match faces.judge(tenant, pid, waited) {
+        let told = match faces.judge(tenant, pid, waited) {
             Heard::Pass(pid) => pid,
             Heard::Ask if faces.is_own(tenant, pid, waited).await => pid,
             Heard::Ask | Heard::Foreign => return Some(()),
         };
-        listener.deliver(pid, channel, &body.slice_ref(text));
+        listener.deliver(channel, &Letter { from: pid, pid: Some(told), text: body.slice_ref(text) });
         Some(())
     }
 

@@ -8,6 +8,7 @@
 use std::fmt::Write as _;
 
 use super::*;
+use crate::client::signals::Letter;
 use crate::pool::connect::ServerConnection;
 use crate::pool::faces::Heard;
 use crate::pool::listener::{Channels, Subscription};
@@ -22,7 +23,7 @@ pub(super) struct Ears {
 
 impl Ears {
     fn has(&self, channel: &[u8]) -> bool {
-        std::str::from_utf8(channel).is_ok_and(|channel| self.subscription.channels().contains(channel))
+        is_among(self.subscription.channels(), channel)
     }
 }
 
@@ -39,18 +40,18 @@ impl Relay {
             // The listener has got it, too.
             return Ok(());
         }
-        let began = self.transaction_since.into_iter().chain(self.stalled_since).min();
-        let waited = began.map_or(Duration::ZERO, |began| began.elapsed());
+        let waited = self.waited();
+        let letter = |told| Letter { from: pid, pid: told, text: text.to_vec().into() };
         let (tenant, faces, signals) = (&self.client.tenant, conn.faces(), &self.client.signals);
         match faces.judge(tenant, pid, waited) {
             Heard::Pass(pid) if signals.is_mailbox_empty() => {
                 message::notification_response(out, pid.cast_signed(), text);
                 self.worker.metrics.notified.delivered.fetch_add(1, Ordering::Relaxed);
             }
-            Heard::Pass(pid) => drop(signals.deliver(Some(pid), text.to_vec().into())),
+            Heard::Pass(pid) => drop(signals.deliver(letter(Some(pid)))),
             Heard::Foreign => {}
             Heard::Ask => {
-                let number = signals.deliver(None, text.to_vec().into());
+                let number = signals.deliver(letter(None));
                 let (tenant, faces, signals) = (tenant.clone(), faces.clone(), signals.clone());
                 tokio::spawn(async move {
                     let own = faces.is_own(&tenant, pid, waited).await;
@@ -59,6 +60,12 @@ impl Relay {
             }
         }
         Ok(())
+    }
+
+    /// For how long a notification may have been waiting to be read.
+    fn waited(&self) -> Duration {
+        let began = self.transaction_since.into_iter().chain(self.stalled_since).min();
+        began.map_or(Duration::ZERO, |began| began.elapsed())
     }
 
     /// Puts the notifications that wait for the client into its stream; the caller knows that it is their turn.
@@ -160,6 +167,8 @@ impl Relay {
             (None, Some(_)) => None,
         };
         let doubled = self.ears.as_ref().is_none_or(|ears| ears.doubled) || listens;
+        let before = self.ears.as_ref().map(|ears| ears.subscription.channels().clone()).unwrap_or_default();
+        let fresh: Channels = changed.iter().flat_map(|channels| channels.difference(&before)).cloned().collect();
         match changed {
             Some(channels) if !self.subscribe(channels.clone()).await => {
                 // No connection for the listener: the client's own does it.
@@ -182,6 +191,19 @@ impl Relay {
         }
         if pinned.is_none() && doubled {
             conn.simple_queries(&["UNLISTEN *"]).await?;
+        }
+        if !fresh.is_empty() && doubled {
+            if pinned.is_some() {
+                // Behind the answer is all that it has heard so far.
+                conn.simple_queries(&[""]).await?;
+            }
+            if let Some(ears) = &self.ears {
+                // What the connection has heard the listener has then, too, as far as it was there to hear it.
+                ears.subscription.sync(self.client.rules.settle_timeout()).await;
+            }
+            let (waited, tenant) = (self.waited(), self.client.tenant.clone());
+            let earlier = take_heard(conn, &fresh, &tenant, waited).await;
+            self.client.signals.deliver_before(earlier, |channel| is_among(&fresh, channel));
         }
         Ok(pinned)
     }
@@ -220,4 +242,30 @@ fn listen(channels: &Channels) -> String {
         let _ = write!(sql, "LISTEN {};", Name(channel));
     }
     sql
+}
+
+/// Takes what the client's own connection has heard on these channels, which the listener has now: what was sent between the
+/// `LISTEN` and then nobody else has heard.
+async fn take_heard(conn: &mut ServerConnection, fresh: &Channels, tenant: &Tenant, waited: Duration) -> Vec<Letter> {
+    let faces = conn.faces().clone();
+    let (mut letters, mut others) = (Vec::new(), Vec::new());
+    for body in std::mem::take(&mut conn.heard) {
+        let read = message::read_notification(&body).ok();
+        let Some((from, _, text)) = read.filter(|(_, channel, _)| is_among(fresh, channel)) else {
+            others.push(body);
+            continue;
+        };
+        let told = match faces.judge(tenant, from, waited) {
+            Heard::Pass(pid) => pid,
+            Heard::Ask if faces.is_own(tenant, from, waited).await => from,
+            Heard::Ask | Heard::Foreign => continue,
+        };
+        letters.push(Letter { from, pid: Some(told), text: text.to_vec().into() });
+    }
+    conn.heard = others;
+    letters
+}
+
+fn is_among(channels: &Channels, channel: &[u8]) -> bool {
+    std::str::from_utf8(channel).is_ok_and(|channel| channels.contains(channel))
 }

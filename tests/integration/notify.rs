@@ -401,3 +401,48 @@ async fn a_driver_gets_its_notifications() {
     let first = tokio::time::timeout(Duration::from_secs(20), heard.recv()).await.unwrap().unwrap();
     assert_eq!((first.channel(), first.payload()), ("Ünïcode", "ä"));
 }
+
+/// What is sent as soon as a LISTEN is seen to be committed arrives, though its client has not been answered yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sent_between_the_commit_of_a_listen_and_its_answer_arrives_once() {
+    let world = auto(|_| {}).await;
+    let (mut client, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    ok(&mut client, "CREATE TABLE mark (n int)").await;
+    ok(&mut client, "LISTEN standing").await;
+    for kind in ["alone", "keeping its connection"] {
+        if kind != "alone" {
+            ok(&mut client, "CREATE TEMP TABLE kept (x int)").await;
+        }
+        for n in 1..=20 {
+            let text = format!("LISTEN replies; INSERT INTO mark VALUES ({n})");
+            client.compose(|b| b.query(&text)).await;
+            while other.value(&format!("SELECT count(*) FROM mark WHERE n = {n}")).await == "0" {}
+            ok(&mut other, &format!("NOTIFY replies, '{n}'")).await;
+            let mut heard = notes(&client.until_ready().await);
+            ok(&mut other, &format!("NOTIFY standing, '{n}'")).await;
+            while heard.last().is_none_or(|(_, text)| !text.starts_with("standing")) {
+                heard.push(next(&mut client).await);
+            }
+            let texts: Vec<_> = heard.into_iter().map(|(_, text)| text).collect();
+            assert_eq!(texts, [format!("replies {n}"), format!("standing {n}")], "{kind}");
+            ok(&mut client, "UNLISTEN replies").await;
+            ok(&mut other, "DELETE FROM mark").await;
+        }
+    }
+}
+
+/// What was sent before a LISTEN is not for its client, though others of the tenant listen already.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_before_a_listen_does_not_arrive() {
+    let world = auto(|_| {}).await;
+    let (mut always, mut sender) = (world.raw("client_001").await, world.raw("client_001").await);
+    let mut client = world.raw("client_001").await;
+    ok(&mut always, "LISTEN jobs").await;
+    for n in 0..50 {
+        ok(&mut sender, &format!("NOTIFY jobs, 'before {n}'")).await;
+        assert_eq!(notes(&ok(&mut client, "LISTEN jobs").await), []);
+        ok(&mut sender, &format!("NOTIFY jobs, 'after {n}'")).await;
+        assert_eq!(next(&mut client).await, (sender.pid, format!("jobs after {n}")));
+        ok(&mut client, "UNLISTEN *").await;
+    }
+}
