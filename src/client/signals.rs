@@ -133,8 +133,8 @@ impl Signals {
         number
     }
 
-    /// Puts what has come another way, on these channels, in front of what has been delivered since; what is the end of the one and
-    /// the beginning of the other came both ways, and is delivered once.
+    /// Puts what has come another way, on these channels, in front of what has been delivered since; what is the end of
+    /// the one and the beginning of the other came both ways, and is delivered once.
     pub fn deliver_before(&self, mut earlier: Vec<Letter>, is_channel: impl Fn(&[u8]) -> bool) {
         if earlier.is_empty() {
             return;

@@ -229,6 +229,15 @@ impl Connector {
         })
     }
 
+    /// Whether the sockets are the dialer's, and not what a test has put in their place.
+    fn is_real(&self) -> bool {
+        #[cfg(test)]
+        if self.dial.is_some() || self.wrap.is_some() {
+            return false;
+        }
+        true
+    }
+
     async fn dial(&self, dialer: &Dialer) -> Result<Stream, ServerError> {
         #[cfg(test)]
         match (&self.dial, &self.wrap) {
@@ -237,24 +246,6 @@ impl Connector {
             (None, None) => {}
         }
         dialer.dial().await
-    }
-
-    /// A connection that a login has left behind.
-    fn spare(&self, dialer: &Dialer) -> Option<Stream> {
-        #[cfg(test)]
-        if self.dial.is_some() || self.wrap.is_some() {
-            return None;
-        }
-        dialer.spare.take()
-    }
-
-    /// Leaves one behind for the next login.
-    fn leave_spare(&self, dialer: &Arc<Dialer>) {
-        #[cfg(test)]
-        if self.dial.is_some() || self.wrap.is_some() {
-            return;
-        }
-        spare::leave(dialer, spare::KEPT);
     }
 
     async fn login(
@@ -278,7 +269,7 @@ impl Connector {
         let names = tenant.plan.startup_defaults().iter().copied().chain(names);
         let application = Some(("application_name", &*application_name)).filter(|(_, name)| !name.is_empty());
         message::startup_message(&mut out, Version::V3_0, identity.into_iter().chain(names).chain(application));
-        let entered = match self.spare(&dialer) {
+        let entered = match dialer.spare.take() {
             // Its process may be older than a restart, or than a lack of room: who is refused on it tries once more.
             Some(spare) => match self.enter(dialer.secure(spare).await, &tenant, &role, &out).await {
                 Err(ServerError::Io(_) | ServerError::Server(_)) => None,
@@ -290,7 +281,9 @@ impl Connector {
             Some(entered) => entered,
             None => self.enter(self.dial(&dialer).await, &tenant, &role, &out).await?,
         };
-        self.leave_spare(&dialer);
+        if self.is_real() {
+            spare::leave(&dialer, spare::KEPT);
+        }
         let cancels = Arc::new(UnderWay::default());
         let target = Target { dialer, pid, secret: secret.into(), under_way: cancels.clone() };
         let now = Instant::now();

@@ -80,8 +80,10 @@ struct State {
     clients: HashMap<u64, Client>,
     /// Clients by channel.
     channels: BTreeMap<Box<str>, Vec<Member>>,
-    /// Those that have come since the server was asked last.
-    newcomers: Vec<(Box<str>, u64)>,
+    /// How often the server was asked, the last time that it answered, and the one that somebody waits for.
+    asked: u64,
+    answered: u64,
+    awaited: u64,
     /// Told when the server has carried out what was wanted at this moment, and all notifications sent before it have
     /// been delivered.
     errands: Vec<oneshot::Sender<bool>>,
@@ -97,8 +99,8 @@ struct Client {
 /// A client of a channel.
 struct Member {
     client: u64,
-    /// It gets what is sent: not before the server has answered to that, for what was sent before is not for it.
-    active: bool,
+    /// It gets what is sent after the server has answered for this time: what was sent before is not for it.
+    from: u64,
 }
 
 /// What a client listens to. Dropping it ends that.
@@ -156,6 +158,7 @@ impl Subscription {
             self.channels = channels;
         } else {
             self.listener.put(self.client, signals, &self.channels);
+            self.listener.wake.notify_one();
         }
         done
     }
@@ -196,12 +199,9 @@ impl State {
         Some(client)
     }
 
-    /// From now on these get what is sent.
-    fn activate(&mut self, newcomers: &[(Box<str>, u64)]) {
-        for (channel, number) in newcomers {
-            let members = self.channels.get_mut(channel).into_iter().flatten();
-            members.filter(|member| member.client == *number).for_each(|member| member.active = true);
-        }
+    /// Since when a client is on a channel.
+    fn since(&self, number: u64, channel: &str) -> Option<u64> {
+        self.channels.get(channel)?.iter().find(|member| member.client == number).map(|member| member.from)
     }
 
     fn wanted(&self) -> Channels {
@@ -251,17 +251,12 @@ impl Drop for Counted {
 impl Listener {
     fn put(&self, number: u64, signals: &Arc<Signals>, channels: &Channels) {
         let mut state = self.state.lock();
-        let is_active = |members: &Vec<Member>| members.iter().any(|member| member.client == number && member.active);
-        let before = state.clients.get(&number).into_iter().flat_map(|client| &client.channels);
-        let had: Channels =
-            before.filter(|channel| state.channels.get(*channel).is_some_and(is_active)).cloned().collect();
+        let next = state.asked + 1;
+        let since: Vec<u64> = channels.iter().map(|channel| state.since(number, channel).unwrap_or(next)).collect();
         state.remove(number);
-        for channel in channels {
-            let active = had.contains(channel);
-            state.channels.entry(channel.clone()).or_default().push(Member { client: number, active });
-            if !active {
-                state.newcomers.push((channel.clone(), number));
-            }
+        for (channel, from) in channels.iter().zip(since) {
+            state.awaited = state.awaited.max(from);
+            state.channels.entry(channel.clone()).or_default().push(Member { client: number, from });
         }
         state.clients.insert(number, Client { signals: signals.clone(), channels: channels.clone() });
     }
@@ -346,7 +341,7 @@ impl Listener {
 
     fn deliver(&self, channel: &str, letter: &Letter) {
         let state = self.state.lock();
-        for member in state.channels.get(channel).into_iter().flatten().filter(|member| member.active) {
+        for member in state.channels.get(channel).into_iter().flatten().filter(|member| member.from <= state.answered) {
             if let Some(client) = state.clients.get(&member.client) {
                 client.signals.deliver(letter.clone());
             }
@@ -358,24 +353,22 @@ impl Ear<'_> {
     /// Serves the clients until nobody listens or the connection is lost.
     async fn attend(&mut self, listener: &Listener) -> Ended {
         loop {
-            let (wanted, errands, newcomers) = {
+            let (wanted, errands, asked) = {
                 let mut state = listener.state.lock();
                 if state.ended || (state.clients.is_empty() && state.errands.is_empty()) {
                     return Ended::Unused;
                 }
-                (state.wanted(), std::mem::take(&mut state.errands), std::mem::take(&mut state.newcomers))
+                let wanted = state.wanted();
+                let asks = wanted != self.listening || !state.errands.is_empty() || state.awaited > state.answered;
+                state.asked += u64::from(asks);
+                (wanted, std::mem::take(&mut state.errands), asks.then_some(state.asked))
             };
-            if wanted != self.listening || !errands.is_empty() || !newcomers.is_empty() {
-                let asked = tokio::time::timeout(ANSWER, self.ask(listener, wanted)).await;
-                let done = matches!(asked, Ok(Some(true)));
-                let mut state = listener.state.lock();
+            if let Some(asked) = asked {
+                let answer = tokio::time::timeout(ANSWER, self.ask(listener, wanted)).await;
+                let done = matches!(answer, Ok(Some(true)));
                 if done {
-                    state.activate(&newcomers);
-                } else {
-                    // They are still to come, on another connection.
-                    state.newcomers.extend(newcomers);
+                    listener.state.lock().answered = asked;
                 }
-                drop(state);
                 tell(errands, done);
                 if !done {
                     return Ended::Lost;

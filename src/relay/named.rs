@@ -37,9 +37,9 @@ impl Named {
         self.map.get(name).map(|entry| &entry.statement)
     }
 
-    /// The statement, and what the client was told that it returns (see [`Held::described`]); 0 is nothing.
+    /// The statement, and what the client was told that it returns (see [`Prepared::described`]); 0 is nothing.
     ///
-    /// [`Held::described`]: crate::pool::statements::Prepared::described
+    /// [`Prepared::described`]: crate::pool::statements::Prepared::described
     pub(super) fn get_told(&self, name: &[u8]) -> Option<(&Arc<Statement>, u64)> {
         self.map.get(name).map(|entry| (&entry.statement, entry.told))
     }

@@ -167,8 +167,10 @@ impl Relay {
             (None, Some(_)) => None,
         };
         let doubled = self.ears.as_ref().is_none_or(|ears| ears.doubled) || listens;
-        let before = self.ears.as_ref().map(|ears| ears.subscription.channels().clone()).unwrap_or_default();
-        let fresh: Channels = changed.iter().flat_map(|channels| channels.difference(&before)).cloned().collect();
+        let fresh: Channels = match (&changed, &self.ears) {
+            (Some(channels), Some(ears)) => channels.difference(ears.subscription.channels()).cloned().collect(),
+            (channels, _) => channels.clone().unwrap_or_default(),
+        };
         match changed {
             Some(channels) if !self.subscribe(channels.clone()).await => {
                 // No connection for the listener: the client's own does it.
@@ -244,8 +246,8 @@ fn listen(channels: &Channels) -> String {
     sql
 }
 
-/// Takes what the client's own connection has heard on these channels, which the listener has now: what was sent between the
-/// `LISTEN` and then nobody else has heard.
+/// Takes what the client's own connection has heard on these channels, which the listener has now: what was sent between
+/// the `LISTEN` and then nobody else has heard.
 async fn take_heard(conn: &mut ServerConnection, fresh: &Channels, tenant: &Tenant, waited: Duration) -> Vec<Letter> {
     let faces = conn.faces().clone();
     let (mut letters, mut others) = (Vec::new(), Vec::new());

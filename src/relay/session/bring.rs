@@ -222,9 +222,7 @@ impl Session {
         }
         verdict
     }
-}
 
-impl Session {
     /// Notes why what a group of messages of ours was for could not be prepared.
     pub(super) fn note_unprepared(&mut self, error: PgError) {
         let id = self.expects.iter().find_map(|e| if let Expect::Injected(id) = e { Some(*id) } else { None });

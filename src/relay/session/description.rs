@@ -11,8 +11,8 @@ use crate::wire::message::Cursor;
 /// What stands for columns that could not be read: they are others than any that could.
 const UNREADABLE: u64 = u64::MAX;
 
-/// A fingerprint of a RowDescription or of NoData; never 0. Names, as far as they are ASCII, types and modifiers of the columns count, as for the
-/// server: not the table that they come from, nor the format in which they are wanted.
+/// A fingerprint of a RowDescription or of NoData; never 0. Names (as far as they are ASCII), types and modifiers of the
+/// columns count, as for the server: not the table that they come from, nor the format in which they are wanted.
 pub(super) fn fingerprint(header: Header, frame: &[u8]) -> u64 {
     if header.tag != b'T' {
         return 1;
