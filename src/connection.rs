@@ -127,7 +127,8 @@ impl Known for Directory {
 /// no shutdown.
 pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let stopping = shared.stopping();
-    if stopping.run_until_cancelled(log_in(stream, peer, shared)).await.is_none() {
+    // In a box: the task would be as large as a login, and be moved whole several times.
+    if stopping.run_until_cancelled(Box::pin(log_in(stream, peer, shared))).await.is_none() {
         tracing::debug!(%peer, "closed while logging in: shutting down");
     }
 }
@@ -412,14 +413,12 @@ async fn greet(
             return Err(Some(error));
         }
     };
-    let params = worker.pools.get(&admitted.tenant).intern(params.with("application_name", &name));
+    let params = worker.pools.get(&admitted.tenant).intern_with(&params, "application_name", &name);
     let secret_len = if admitted.version == Version::V3_2 { 32 } else { 4 };
     let pid = lease.as_mut().map(|lease| lease.conn().cancel_target().pid);
     let key = shared.cancels.issue(secret_len, pid, &admitted.tenant.id, signals.clone());
     message::authentication_ok(&mut out);
-    for (name, value) in params.iter() {
-        message::parameter_status(&mut out, name, value.as_bytes());
-    }
+    params.put_statuses(&mut out);
     message::backend_key_data(&mut out, key.pid.cast_signed(), key.entry.secret());
     message::ready_for_query(&mut out, b'I');
     stream.send_all(&out).await.map_err(|_| None)?;

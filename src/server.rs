@@ -39,6 +39,7 @@ use crate::pool::connect::Connector;
 use crate::pool::passwords::Passwords;
 use crate::pool::tls::ClientTls;
 use crate::pool::{Limits, Pools, Settings};
+use crate::relay::looks::Looks;
 use crate::relay::{Rules, Worker};
 use crate::stream::{Buffers, Socket, Stream};
 use crate::tenant::TenantId;
@@ -390,6 +391,7 @@ fn build(
             metrics: metrics.clone(),
             stats: metrics.worker(at),
             buffers: Buffers::new(config.proxy.pkt_buf),
+            looks: Looks::default(),
         });
         Serving { handle, worker, thread }
     };

@@ -167,19 +167,8 @@ impl Stream {
         matches!(self, Self::Tls(_))
     }
 
-    /// Whether a read may find something, without a buffer at hand. What is no plain socket cannot tell and says yes.
-    ///
-    /// Cancel safe; the task is woken when the answer changes.
-    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self {
-            Self::Plain(Socket::Tcp(s)) => s.poll_read_ready(cx),
-            Self::Plain(Socket::Unix(s)) => s.poll_read_ready(cx),
-            Self::Plain(Socket::Detached) => Socket::detached(),
-            Self::Plain(Socket::Other(_)) | Self::Tls(_) => Poll::Ready(Ok(())),
-        }
-    }
-
-    /// Whether a read may find something, as [`Stream::poll_readable`]; nobody is woken when the answer changes. One load.
+    /// Whether a read may find something; nobody is woken when the answer changes. One load. What is no plain socket cannot
+    /// tell and says yes.
     #[inline]
     pub fn may_read(&self) -> bool {
         match self {
@@ -237,7 +226,7 @@ impl Stream {
     ///
     /// # Errors
     /// Those of the socket.
-    pub async fn read_some(&mut self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
+    pub async fn read_some(&mut self, buf: &mut BytesMut, limit: usize) -> io::Result<usize> {
         // In place: an array here would live in the future of every caller.
         poll_fn(|cx| {
             buf.reserve(limit.min(4096));

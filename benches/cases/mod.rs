@@ -73,8 +73,8 @@ impl Ward for Guard {
         Lex::default()
     }
 
-    fn may_be_tenant(&self, _: &[u8]) -> bool {
-        false
+    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen {
+        scan::look(&lex.narrow(text), lex, |_| false)
     }
 
     fn judge(&self, _: &[u8], _: Lex) -> Option<PgError> {

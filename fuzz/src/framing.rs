@@ -14,6 +14,7 @@ use pgusher::error::{PgError, sqlstate};
 use pgusher::pool::statements::{Prepared, Registry};
 use pgusher::relay::flow::Flow;
 use pgusher::relay::lex::Lex;
+use pgusher::relay::scan;
 use pgusher::relay::session::{Link, Session, Verdict, Ward};
 use pgusher::stream::{Buffers, Socket, Stream};
 use pgusher::wire::frame::{self, HEADER};
@@ -54,8 +55,8 @@ impl Ward for Guard {
         Lex::default()
     }
 
-    fn may_be_tenant(&self, _: &[u8]) -> bool {
-        false
+    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen {
+        scan::look(&lex.narrow(text), lex, |_| false)
     }
 
     fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {

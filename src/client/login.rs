@@ -20,6 +20,9 @@ use crate::wire::{Version, frontend};
 /// Most bytes of a client's messages during authentication.
 pub const MAX_AUTH_BYTES: usize = 8192;
 
+/// As much as is read at once during a login, longer than nearly any of its messages (bytes).
+const READ: usize = 1024;
+
 /// What a client wants.
 pub enum Opened {
     /// A session.
@@ -125,10 +128,7 @@ async fn start_tls(mut stream: Stream, input: &mut BytesMut, reply: Option<u8>, 
 }
 
 async fn read_more(stream: &mut Stream, input: &mut BytesMut, limit: usize) -> std::io::Result<usize> {
-    let mut chunk = Vec::new();
-    let n = stream.read_some(&mut chunk, limit.saturating_sub(input.len())).await?;
-    input.extend_from_slice(&chunk);
-    Ok(n)
+    stream.read_some(input, limit.saturating_sub(input.len()).min(READ)).await
 }
 
 /// Tells a client why it is turned away. Errors are of no interest: it is going anyway.

@@ -199,7 +199,7 @@ pub async fn send(target: Arc<Target>) {
         let mut request = bytes::BytesMut::with_capacity(16);
         crate::wire::message::cancel_request(&mut request, target.pid.cast_signed(), &target.secret);
         stream.send_all(&request).await.map_err(|error| error.to_string())?;
-        let mut sink = Vec::new();
+        let mut sink = bytes::BytesMut::new();
         while stream.read_some(&mut sink, 64).await.is_ok_and(|n| n > 0) && sink.len() < 1024 {}
         Ok::<(), String>(())
     };

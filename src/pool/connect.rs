@@ -319,7 +319,7 @@ impl Connector {
     ) -> Result<Entered, ServerError> {
         let mut stream = stream?;
         stream.send_all(startup).await?;
-        let mut login = Login { stream, buf: Vec::new(), read: 0 };
+        let mut login = Login { stream, buf: BytesMut::new(), read: 0 };
         let password = self.passwords.of(tenant);
         let known = (tenant.shard.name.clone(), role.name.clone());
         let cached = self.keys.get(&known).map(|keys| keys.clone());
@@ -377,7 +377,7 @@ impl Dialer {
         let mut request = BytesMut::new();
         message::ssl_request(&mut request);
         stream.send_all(&request).await?;
-        let mut answer = Vec::new();
+        let mut answer = BytesMut::new();
         // One byte and no more: what follows it belongs to TLS.
         if stream.read_some(&mut answer, 1).await? == 0 {
             return Err(ServerError::Protocol("connection closed after SSLRequest"));
@@ -402,7 +402,7 @@ const OUT_OF_ORDER: ServerError = ServerError::Protocol("authentication messages
 /// A server connection that is still logging in.
 struct Login {
     stream: Stream,
-    buf: Vec<u8>,
+    buf: BytesMut,
     /// Bytes of `buf` already looked at.
     read: usize,
 }
@@ -502,7 +502,7 @@ impl Login {
     }
 }
 
-async fn next_message(stream: &mut Stream, buf: &mut Vec<u8>, read: &mut usize) -> Result<(u8, Vec<u8>), ServerError> {
+async fn next_message(stream: &mut Stream, buf: &mut BytesMut, read: &mut usize) -> Result<(u8, Vec<u8>), ServerError> {
     loop {
         let rest = &buf[*read..];
         let header = frame::header(rest).map_err(|_| ServerError::Protocol("invalid message length"))?;
@@ -585,7 +585,7 @@ impl ServerConnection {
             // On a server of its own a tenant may have other roles, and be them for a while.
             self.disguised = *value != *self.role.name;
         }
-        self.params = self.slot.pool().intern(self.params.with(name, &value));
+        self.params = self.slot.pool().intern_with(&self.params, name, &value);
         Ok(())
     }
 
@@ -622,7 +622,7 @@ impl ServerConnection {
         }
         self.prepared.unnamed = None;
         self.stream.send_all(&out).await?;
-        let (mut buf, mut read) = (Vec::new(), 0);
+        let (mut buf, mut read) = (BytesMut::new(), 0);
         let (mut ready, mut rows, mut failed) = (0, Vec::new(), None);
         // A notification may follow the last answer closely, or be half here.
         while ready < statements.len() || buf.get(read) == Some(&b'A') {

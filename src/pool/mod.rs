@@ -346,6 +346,15 @@ impl Pool {
         one_of_its_kind(&mut self.state.lock().params, params)
     }
 
+    /// The same for parameters with one value changed, which are not made anew if they are known.
+    pub fn intern_with(&self, params: &Arc<Params>, name: &str, value: &str) -> Arc<Params> {
+        let known = &mut self.state.lock().params;
+        if let Some(same) = known.iter().find(|known| known.are(params, name, value)) {
+            return same.clone();
+        }
+        one_of_its_kind(known, params.with(name, value))
+    }
+
     /// The one of its kind among the settings that the tenant's clients take along.
     pub fn intern_carried(&self, carried: Arc<Carried>) -> Arc<Carried> {
         one_of_its_kind(&mut self.state.lock().carried, carried)

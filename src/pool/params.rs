@@ -1,12 +1,25 @@
 //! What a server reports of its settings (ParameterStatus), and how they are carried from one connection to another.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use bytes::BytesMut;
 
 use crate::tenant::sql::Literal;
+use crate::wire::message;
 
 /// Values by reported name, sorted by name.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Params(Vec<(Box<str>, Box<str>)>);
+#[derive(Debug, Default)]
+pub struct Params {
+    values: Vec<(Box<str>, Box<str>)>,
+    /// As messages, once somebody was greeted with them.
+    statuses: OnceLock<Box<[u8]>>,
+}
+
+impl PartialEq for Params {
+    fn eq(&self, other: &Self) -> bool {
+        self.values == other.values
+    }
+}
 
 /// Reported, but no client can set them: they are never carried. `search_path`, reported from PostgreSQL 18 on, is one
 /// that clients do set; it is no wall, so it is theirs.
@@ -25,14 +38,15 @@ const CARRIED_ANYWAY: &[&str] = &["search_path"];
 impl Params {
     /// The value reported last.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.find(name).ok().map(|at| &*self.0[at].1)
+        self.find(name).ok().map(|at| &*self.values[at].1)
     }
 
     /// Notes a reported value.
     pub fn set(&mut self, name: &str, value: &str) {
+        self.statuses = OnceLock::new();
         match self.find(name) {
-            Ok(at) => self.0[at].1 = value.into(),
-            Err(at) => self.0.insert(at, (name.into(), value.into())),
+            Ok(at) => self.values[at].1 = value.into(),
+            Err(at) => self.values.insert(at, (name.into(), value.into())),
         }
     }
 
@@ -42,19 +56,39 @@ impl Params {
         if self.get(name) == Some(value) {
             return self.clone();
         }
-        let mut changed = (**self).clone();
+        let mut changed = Self { values: self.values.clone(), statuses: OnceLock::new() };
         changed.set(name, value);
         Arc::new(changed)
     }
 
+    /// Whether these are `others` [with](Params::with) one value changed. Says no where `others` do not have that name.
+    pub fn are(&self, others: &Self, name: &str, value: &str) -> bool {
+        let same = |((have, mine), (other, theirs)): (&(Box<str>, Box<str>), &(Box<str>, Box<str>))| {
+            have == other && **mine == *(if **have == *name { value } else { theirs })
+        };
+        self.values.len() == others.values.len() && self.values.iter().zip(&others.values).all(same)
+    }
+
+    /// Appends a ParameterStatus for each of them, in order.
+    pub fn put_statuses(&self, out: &mut BytesMut) {
+        let statuses = self.statuses.get_or_init(|| {
+            let mut statuses = BytesMut::new();
+            for (name, value) in self.iter() {
+                message::parameter_status(&mut statuses, name, value.as_bytes());
+            }
+            statuses[..].into()
+        });
+        out.extend_from_slice(statuses);
+    }
+
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.iter().map(|(name, value)| (&**name, &**value))
+        self.values.iter().map(|(name, value)| (&**name, &**value))
     }
 
     /// Whether the server reports this setting, in whatever case it is written.
     pub fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|(have, _)| have.eq_ignore_ascii_case(name) && !CARRIED_ANYWAY.contains(&&**have))
+        self.values.iter().any(|(have, _)| have.eq_ignore_ascii_case(name) && !CARRIED_ANYWAY.contains(&&**have))
     }
 
     /// Whether all that a client can set is carried. Servers report values in the client's encoding of that moment: what is
@@ -73,7 +107,7 @@ impl Params {
     }
 
     fn find(&self, name: &str) -> Result<usize, usize> {
-        self.0.binary_search_by(|(have, _)| (**have).cmp(name))
+        self.values.binary_search_by(|(have, _)| (**have).cmp(name))
     }
 }
 
@@ -94,6 +128,33 @@ mod tests {
             server.changes_to(&server.with("TimeZone", "Mars/'x")).concat(),
             "pg_catalog.set_config('TimeZone', 'Mars/''x', false)"
         );
+    }
+
+    #[test]
+    fn one_value_changed_is_told_from_others() {
+        let mut server = Params::default();
+        server.set("TimeZone", "UTC");
+        server.set("application_name", "");
+        let server = Arc::new(server);
+        let named = server.with("application_name", "a");
+        assert!(named.are(&server, "application_name", "a") && server.are(&named, "application_name", ""));
+        assert!(!named.are(&server, "application_name", "b") && !named.are(&server, "TimeZone", "UTC"));
+        let elsewhere = named.with("TimeZone", "PST8PDT");
+        assert!(!elsewhere.are(&server, "application_name", "a"));
+        assert!(!server.with("DateStyle", "ISO").are(&server, "DateStyle", "ISO"));
+    }
+
+    #[test]
+    fn statuses_follow_the_values() {
+        let mut server = Params::default();
+        server.set("a", "1");
+        let mut out = BytesMut::new();
+        server.put_statuses(&mut out);
+        assert_eq!(&out[..], b"S\0\0\0\x08a\x001\0");
+        server.set("a", "2");
+        out.clear();
+        Arc::new(server).with("b", "").put_statuses(&mut out);
+        assert_eq!(&out[..], b"S\0\0\0\x08a\x002\0S\0\0\0\x07b\0\0");
     }
 
     #[test]

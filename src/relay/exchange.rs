@@ -31,7 +31,7 @@ fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> 
     const NAME: &str = "application_name";
     let own = &client.application_name;
     if !own.is_empty() && client.params.get(NAME) == Some(own) && reported.get(NAME) == Some("") {
-        return pool.intern(reported.with(NAME, own));
+        return pool.intern_with(reported, NAME, own);
     }
     reported.clone()
 }

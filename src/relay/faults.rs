@@ -400,6 +400,7 @@ impl Lane {
             stats: metrics.worker(0),
             metrics,
             buffers: Buffers::new(16 << 10),
+            looks: Looks::default(),
         });
         let pool = pools.get(&self.tenant);
         Bench { worker, pools, pool, cancels: Arc::default(), points, settings: Arc::default(), name: "".into() }

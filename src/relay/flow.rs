@@ -199,19 +199,16 @@ impl Flow {
             if self.armed && !stream.may_read() {
                 return Poll::Pending;
             }
-            let readable = stream.poll_readable(cx);
-            // A task that has used up its turn is not registered, only told to come again.
-            self.armed = readable.is_pending() && has_budget_remaining();
-            ready!(readable)?;
             self.buf = Some(if self.bulk { buffers.take_large() } else { buffers.take() });
         } else {
             self.make_room();
         }
         let Some(buf) = &mut self.buf else { return Poll::Pending };
-        self.armed = false;
         let room = &mut buf[self.end..];
         let whole = room.len();
         let result = stream.poll_fill(cx, room);
+        // A task that has used up its turn is not registered, only told to come again.
+        self.armed = result.is_pending() && has_budget_remaining();
         if let Poll::Ready(Ok(n)) = result {
             self.end += n;
             self.bulk = n == whole || self.bulk && n > whole / 4;

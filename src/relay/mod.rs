@@ -10,6 +10,7 @@ mod faults;
 pub mod flow;
 pub mod guard;
 pub mod lex;
+pub mod looks;
 pub mod mention;
 #[cfg(test)]
 mod model;
@@ -55,6 +56,7 @@ use crate::wire::message;
 use flow::Flow;
 use guard::{Neighbours, Seat};
 use lex::Lex;
+use looks::Looks;
 use session::{Link, Session, Verdict, Ward};
 use watch::{Guard, Memory};
 
@@ -70,6 +72,8 @@ pub struct Worker {
     pub stats: Arc<WorkerStats>,
     /// This worker's buffers.
     pub buffers: Buffers,
+    /// What this worker has seen in texts.
+    pub looks: Looks,
 }
 
 /// What the relay does, from `[proxy]` and `[pool]`.

@@ -78,8 +78,8 @@ pub trait Ward {
     fn looks(&self) -> bool;
     /// How the server reads a text of this client.
     fn lex(&self) -> Lex;
-    /// Whether a name may be a tenant's; may say yes too often.
-    fn may_be_tenant(&self, name: &[u8]) -> bool;
+    /// Looks at a text, with an eye on names of tenants.
+    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen;
     /// Judges a suspicious text: what the client is told if it is refused.
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError>;
     /// A text goes through that may change what later ones mean, or is run later.
@@ -127,7 +127,7 @@ fn addressed(
 
 fn see(text: &[u8], ward: &dyn Ward) -> (scan::Seen, Lex) {
     let lex = if Lex::is_irrelevant_to(text) { Lex::default() } else { ward.lex() };
-    (scan::look(&lex.narrow(text), lex, |name| ward.may_be_tenant(name)), lex)
+    (ward.look(text, lex), lex)
 }
 
 /// Looks at a text: whether running it may leave something behind in the session, unless it is refused.

@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 
+use super::scan::Seen;
 use super::stand_in::Named;
 use super::*;
 use crate::pool::recent::Recent;
@@ -70,8 +71,17 @@ impl Ward for Guard<'_> {
         Lex::new(params.get("standard_conforming_strings"), params.get("client_encoding"))
     }
 
-    fn may_be_tenant(&self, name: &[u8]) -> bool {
-        self.worker.directory.may_have(name) && name != self.client.tenant.id.as_str().as_bytes()
+    fn look(&self, text: &[u8], lex: Lex) -> Seen {
+        let directory = &self.worker.directory;
+        self.worker.looks.at(text, lex, directory.version(), || {
+            let for_all = Cell::new(true);
+            let seen = scan::look(&lex.narrow(text), lex, |name| {
+                let may_be = directory.may_have(name);
+                for_all.set(for_all.get() && !may_be);
+                may_be && name != self.client.tenant.id.as_str().as_bytes()
+            });
+            (seen, for_all.get())
+        })
     }
 
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {

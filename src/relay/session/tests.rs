@@ -12,8 +12,8 @@ impl Ward for Guard {
         Lex::default()
     }
 
-    fn may_be_tenant(&self, _: &[u8]) -> bool {
-        false
+    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen {
+        scan::look(&lex.narrow(text), lex, |_| false)
     }
 
     fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {
