@@ -1,4 +1,10 @@
+use std::sync::Arc;
+
+use bytes::BytesMut;
+
 use super::*;
+use crate::error::sqlstate;
+use crate::wire::frame::{self, HEADER};
 
 /// Takes SET ROLE for suspicious and refuses it.
 struct Guard;
