@@ -167,8 +167,19 @@ impl Stream {
         matches!(self, Self::Tls(_))
     }
 
-    /// Whether a read may find something; nobody is woken when the answer changes. One load. What is no plain socket cannot
-    /// tell and says yes.
+    /// Whether a read may find something, without a buffer at hand. What is no plain socket cannot tell and says yes.
+    ///
+    /// Cancel safe; the task is woken when the answer changes.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(Socket::Tcp(s)) => s.poll_read_ready(cx),
+            Self::Plain(Socket::Unix(s)) => s.poll_read_ready(cx),
+            Self::Plain(Socket::Detached) => Socket::detached(),
+            Self::Plain(Socket::Other(_)) | Self::Tls(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Whether a read may find something, as [`Stream::poll_readable`]; nobody is woken when the answer changes. One load.
     #[inline]
     pub fn may_read(&self) -> bool {
         match self {

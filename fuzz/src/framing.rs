@@ -55,7 +55,7 @@ impl Ward for Guard {
         Lex::default()
     }
 
-    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen {
+    fn look(&self, text: &[u8], lex: Lex, _: bool) -> scan::Seen {
         scan::look(&lex.narrow(text), lex, |_| false)
     }
 

@@ -196,7 +196,12 @@ impl Flow {
         buffers: &Buffers,
     ) -> Poll<io::Result<usize>> {
         if self.buf.is_none() {
-            if self.armed && !stream.may_read() {
+            if !self.armed {
+                let readable = stream.poll_readable(cx);
+                // A task that has used up its turn is not registered, only told to come again.
+                self.armed = readable.is_pending() && has_budget_remaining();
+                ready!(readable)?;
+            } else if !stream.may_read() {
                 return Poll::Pending;
             }
             self.buf = Some(if self.bulk { buffers.take_large() } else { buffers.take() });
@@ -207,7 +212,6 @@ impl Flow {
         let room = &mut buf[self.end..];
         let whole = room.len();
         let result = stream.poll_fill(cx, room);
-        // A task that has used up its turn is not registered, only told to come again.
         self.armed = result.is_pending() && has_budget_remaining();
         if let Poll::Ready(Ok(n)) = result {
             self.end += n;

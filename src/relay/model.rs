@@ -332,7 +332,8 @@ impl World {
         let pools = Arc::new(Pools::new(Arc::new(connector), limits, metrics.clone()));
         let stats = metrics.worker(0);
         let buffers = Buffers::new(16 << 10);
-        let worker = Arc::new(Worker { directory, pools: pools.clone(), stats, metrics, buffers, looks: Looks::default() });
+        let worker =
+            Arc::new(Worker { directory, pools: pools.clone(), stats, metrics, buffers, looks: Looks::default() });
         let pool = pools.get(&tenant);
         let lease = pool.checkout(&Arc::default(), &"".into(), NEVER).await.unwrap_or_else(|e| panic!("{e:?}"));
         lease.release(CheckIn::Clean, NEVER, Instant::now());

@@ -71,9 +71,9 @@ impl Ward for Guard<'_> {
         Lex::new(params.get("standard_conforming_strings"), params.get("client_encoding"))
     }
 
-    fn look(&self, text: &[u8], lex: Lex) -> Seen {
+    fn look(&self, text: &[u8], lex: Lex, comes_again: bool) -> Seen {
         let directory = &self.worker.directory;
-        self.worker.looks.at(text, lex, directory.version(), || {
+        let look = || {
             let for_all = Cell::new(true);
             let seen = scan::look(&lex.narrow(text), lex, |name| {
                 let may_be = directory.may_have(name);
@@ -81,7 +81,8 @@ impl Ward for Guard<'_> {
                 may_be && name != self.client.tenant.id.as_str().as_bytes()
             });
             (seen, for_all.get())
-        })
+        };
+        if comes_again { self.worker.looks.at(text, lex, directory.version(), look) } else { look().0 }
     }
 
     fn judge(&self, text: &[u8], lex: Lex) -> Option<PgError> {

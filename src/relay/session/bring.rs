@@ -1,7 +1,8 @@
 //! Statements that a client has prepared, and that its present server connection has not.
 //!
 //! They are prepared again when they are used, and as they were: in the scope of then (`search_path` and the like), so that
-//! what the server says of them is what it says where they never went away.
+//! what the server says of them is what it says where they never went away. Others are closed to make room for them, or
+//! because they are for nobody else to see.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +10,9 @@ use std::sync::atomic::Ordering;
 use bytes::BytesMut;
 
 use super::description::fingerprint;
-use super::{Event, Events, Expect, Link, Session, Shared, Statements, Verdict};
+use super::events::{Event, Events};
+use super::expect::{Expect, Shared, ends_by_itself};
+use super::{Link, Session, Statements, Verdict};
 use crate::error::{PgError, Routine, sqlstate};
 use crate::pool::scope;
 use crate::pool::statements::{Prepared, Statement};
@@ -18,6 +21,8 @@ use crate::relay::names::Verb;
 use crate::tenant::sql::{Literal, Value};
 use crate::wire::frame::Header;
 use crate::wire::message;
+
+type HashSet<K> = std::collections::HashSet<K, ahash::RandomState>;
 
 /// The name of our statements that live as long as it takes to run them.
 const STEP: &[u8] = b"pgusher_step";
@@ -58,7 +63,7 @@ impl Session {
         let mut used: Vec<_> = events.iter().flat_map(|events| events.iter()).filter_map(shared).collect();
         used.sort_by_key(|(verb, _)| *verb != Verb::Execute);
         // What has not been answered may end it.
-        let failed = self.status == b'E' && !self.expects.iter().any(super::ends_by_itself);
+        let failed = self.status == b'E' && !self.expects.iter().any(ends_by_itself);
         for (verb, statement) in used {
             if verb == Verb::Execute {
                 // A transaction that has failed takes no statement, but an empty one.
@@ -113,6 +118,38 @@ impl Session {
                 .map(|(name, _)| set(name, &format!("pg_catalog.current_setting({})", Literal(&kept(name)))));
             self.step(&select(back), out);
         }
+    }
+
+    /// Notes a statement as prepared on the server, closes those least recently used if there are too many, and what has
+    /// its name there.
+    pub(super) fn make_room(
+        &mut self,
+        statement: &Arc<Statement>,
+        max: usize,
+        link: &mut Link<'_>,
+        out: &mut BytesMut,
+    ) {
+        let victims = link.prepared.add(statement.clone(), max);
+        let squatter = link.prepared.put_right(statement.id).then(|| statement.clone());
+        for closed in victims.into_iter().chain(squatter) {
+            message::close(out, b'S', &closed.name);
+            self.push_extended(Expect::InjectedClose(closed.id));
+        }
+    }
+
+    /// Closes what other clients have prepared on the server connection, for who lists prepared statements. Returns whether
+    /// there was anything to close.
+    pub(super) fn hide_others(&mut self, used: Option<u64>, link: &mut Link<'_>, out: &mut BytesMut) -> bool {
+        if self.statements == Statements::PassThrough {
+            return false;
+        }
+        let own: HashSet<u64> = self.named.values().map(|statement| statement.id).chain(used).collect();
+        let others = link.prepared.take_unless(|id| own.contains(&id));
+        for statement in &others {
+            message::close(out, b'S', &statement.name);
+            self.push_extended(Expect::InjectedClose(statement.id));
+        }
+        !others.is_empty()
     }
 
     /// The settings that have to be others for what was prepared in this scope, and their values as SQL.

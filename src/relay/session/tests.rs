@@ -1,4 +1,10 @@
+use std::sync::Arc;
+
+use bytes::BytesMut;
+
 use super::*;
+use crate::error::sqlstate;
+use crate::wire::frame::{self, HEADER};
 
 /// Takes SET ROLE for suspicious and refuses it.
 struct Guard;
@@ -12,8 +18,8 @@ impl Ward for Guard {
         Lex::default()
     }
 
-    fn look(&self, text: &[u8], lex: Lex) -> scan::Seen {
-        scan::look(&lex.narrow(text), lex, |_| false)
+    fn look(&self, text: &[u8], lex: Lex, _: bool) -> Seen {
+        crate::relay::scan::look(&lex.narrow(text), lex, |_| false)
     }
 
     fn judge(&self, text: &[u8], _: Lex) -> Option<PgError> {
