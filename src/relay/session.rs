@@ -259,8 +259,7 @@ impl Session {
         self.copy_in || (mid_work && !self.owes_ready())
     }
 
-    /// Whether the last ReadyForQuery said that there is no transaction and nothing is outstanding, so that closing the
-    /// session loses nothing.
+    /// The transaction's status as the last ReadyForQuery said it: `I`, `T` or `E`.
     pub fn status(&self) -> u8 {
         self.status
     }

@@ -8,7 +8,7 @@ use super::expect::Expect;
 use super::look::{addressed, look};
 use super::streams::{STATUS_UPDATE, no_feedback};
 use super::unnamed::MAX_UNNAMED;
-use super::{Link, Session, Statements, Verdict, Ward};
+use super::{Link, Session, Statements, Verdict};
 use crate::error::{PgError, sqlstate};
 use crate::pool::recent::Recent;
 use crate::relay::address::{self, Addressed};
@@ -124,7 +124,7 @@ impl Session {
                 }
                 Ok(Verdict::Forward)
             }
-            b'F' => Ok(self.function_call(frame, link.ward, out)),
+            b'F' => Ok(self.function_call(frame, link, out)),
             tag => Err(PgError::fatal(sqlstate::PROTOCOL_VIOLATION, format!("invalid frontend message type {tag}"))),
         }
     }
@@ -186,17 +186,19 @@ impl Session {
         Verdict::Replace
     }
 
-    fn function_call(&mut self, frame: &[u8], ward: &dyn Ward, out: &mut BytesMut) -> Verdict {
+    fn function_call(&mut self, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
         let oid = frame.get(HEADER..HEADER + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
         self.open_group = false;
         if oid.is_some_and(|oid| LARGE_OBJECT_FUNCTIONS.contains(&oid)) {
             self.expects.push_back(Expect::Function);
             return Verdict::Forward;
         }
-        ward.function_call_refused();
+        link.ward.function_call_refused();
         let error = PgError::error(sqlstate::INSUFFICIENT_PRIVILEGE, "function calls by the fast path are refused")
             .detail("pgusher passes on FunctionCall messages for large objects only.")
             .hint("Call the function in a SELECT.");
+        // The server's goes with the Query that stands in for the call; the client's stays, and is brought when it is used.
+        link.prepared.unnamed = None;
         self.refuse_query(error, out)
     }
 }

@@ -145,8 +145,10 @@ impl Session {
     pub fn statements_owed(&self) -> usize {
         let says = |e: &Expect| {
             use Expect::*;
-            let parses =
-                matches!(e, Parse(_) | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_));
+            let parses = matches!(
+                e,
+                Parse(_) | ParseBySql | ParseUnnamed(_) | Taken(_) | Checked(_) | OurParse(_) | RefusedParse(_)
+            );
             parses || matches!(e, Query(_) | Function | RefusedQuery(_) | Bind(_) | Stream | DropSlot)
         };
         let owed = self.expects.iter().filter(|e| says(e)).count();

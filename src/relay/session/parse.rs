@@ -130,7 +130,7 @@ impl Session {
         let statement = registry.accepted(&self.scope, body)?;
         // It may have been accepted when nobody looked.
         let text = until_nul(body);
-        if ward.looks() && see(text, ward, true).0.suspicious {
+        if self.cannot_pool(text).is_some() || ward.looks() && see(text, ward, true).0.suspicious {
             return None;
         }
         self.addresses |= statement.residue.processes;

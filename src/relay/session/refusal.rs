@@ -26,7 +26,7 @@ impl Session {
         let error =
             PgError::error(sqlstate::FEATURE_NOT_SUPPORTED, "LISTEN does not work with pool_mode = \"transaction\"");
         let detail = "Notifications would arrive at whoever uses the server connection next.";
-        Some(error.detail(detail).hint("Use pool_mode = \"session\"."))
+        Some(error.detail(detail).hint("Use pool_mode = \"auto\" or \"session\"."))
     }
 
     /// Lets the server reject a Query in the place of what the client sent.

@@ -689,3 +689,15 @@ fn a_stream_beside_others_takes_status_updates_only() {
         assert_eq!(says(&mut both, b"").unwrap_err(), "42501");
     }
 }
+
+#[test]
+fn the_unnamed_statement_outlives_a_refused_function_call() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'P', b"\0SELECT 1\0\0\0");
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    // The Query that the server is given to refuse takes away what it has.
+    assert_eq!(both.client(b'F', b"\0\0\0\x01\0\0\0\0\0\0"), ("Q".to_owned(), String::new()));
+    both.servers(&[ERROR, READY]);
+    assert_eq!(both.client(b'B', b"\0\0\0\0\0\0\0\0").0, "PB");
+}
