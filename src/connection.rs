@@ -152,7 +152,8 @@ async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
         }
         Opened::Nothing => return,
     };
-    let mut unsent = BytesMut::new();
+    // As much as the greeting takes.
+    let mut unsent = BytesMut::with_capacity(1000);
     let proof = prove(&shared, &settled, &mut opening, &mut unsent);
     let refused = match tokio::time::timeout_at(deadline, proof).await {
         Ok(Ok(identity)) => match admit(&shared, &identity, &opening, peer).await {

@@ -182,8 +182,12 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.name = (start, self.at);
         let mut lower = [0; 40];
         let word = &self.sql[start..self.at];
-        if !self.first && self.is_plain(word) {
-            return false;
+        if !self.first && !is_known(word) && self.sql.get(self.at) != Some(&b'.') {
+            let next = self.next_token();
+            if !self.is_call_at(next) {
+                self.at = next;
+                return false;
+            }
         }
         // A longer word is no keyword and no function of the list.
         let Some(lower) = lower.get_mut(..word.len()) else {
@@ -252,18 +256,6 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         HARMLESS.binary_search(&word).is_err()
     }
 
-    /// Whether a word in the middle of a statement says nothing, as most do: it is neither called nor qualifies a name, and
-    /// it is none of those that [`Scanner::word`] knows, by its first letter and its length.
-    #[inline]
-    fn is_plain(&self, word: &[u8]) -> bool {
-        let first = word.first().map_or(0, |first| first | 0x20);
-        let known = matches!(
-            (first, word.len()),
-            (b'i', 4) | (b't', 4 | 9) | (b's', 10) | (b'p', 7..) | (b'e', 1 | 7) | (b'u', 1)
-        );
-        !known && self.sql.get(self.at) != Some(&b'.') && !self.is_call()
-    }
-
     /// `E'…'`, `U&'…'`, `U&"…"`: the letter belongs to what follows.
     fn prefix(&mut self, word: &[u8]) -> Option<bool> {
         match (word, self.sql.get(self.at), self.sql.get(self.at + 1)) {
@@ -322,11 +314,28 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         unusual
     }
 
-    #[inline]
     fn is_call(&self) -> bool {
-        let rest = &self.sql[self.at..];
-        let next = rest.iter().find(|b| !lex::is_space(**b));
-        next == Some(&b'(') || (next.is_some_and(|b| *b == b'-' || *b == b'/') && is_call_behind(rest))
+        self.is_call_at(self.next_token())
+    }
+
+    /// Where white space ends.
+    #[inline]
+    fn next_token(&self) -> usize {
+        let mut at = self.at;
+        while self.sql.get(at).is_some_and(|b| lex::is_space(*b)) {
+            at += 1;
+        }
+        at
+    }
+
+    /// Whether what begins here, a comment perhaps, makes a call of the word before it.
+    #[inline]
+    fn is_call_at(&self, at: usize) -> bool {
+        match self.sql.get(at) {
+            Some(b'(') => true,
+            Some(b'-' | b'/') => is_call_behind(&self.sql[at..]),
+            _ => false,
+        }
     }
 
     /// After `schema.`: whether `name(` follows.
@@ -374,6 +383,17 @@ impl<'a, N: Fn(&[u8]) -> bool> Scanner<'a, N> {
         self.at = lex::string_end(self.sql, start, backslashes);
         self.name = (0, 0);
         self.sql[start..self.at].contains(&b'\\')
+    }
+}
+
+/// Whether a word in the middle of a statement may be one of those that [`Scanner::word`] knows. Most are not, by their first
+/// letter and their length; what is called, or qualifies a name, is another matter.
+#[inline]
+fn is_known(word: &[u8]) -> bool {
+    match (word.first().map_or(0, |first| first | 0x20), word.len()) {
+        (b'i', 4) | (b't', 4 | 9) | (b's', 10) | (b'p', 7) | (b'e', 1 | 7) | (b'u', 1) => true,
+        (b'p', 8..) => word[2] == b'_',
+        _ => false,
     }
 }
 
