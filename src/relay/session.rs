@@ -26,10 +26,11 @@ use super::{scan, track};
 use crate::config::PoolMode;
 use crate::error::{PgError, Severity, sqlstate};
 use crate::pool::connect::server_error;
+use crate::pool::keepers::Claim;
 use crate::pool::recent::Recent;
 use crate::pool::residue::Residue;
 use crate::pool::scope;
-use crate::pool::statements::{Prepared, Registry, Statement, UnnamedOwner, has_scope};
+use crate::pool::statements::{Prepared, Registry, Statement, Stay, UnnamedOwner, has_scope};
 use crate::tenant::sql::Literal;
 use crate::wire::frame::{self, HEADER, Header, cstr, until_nul};
 use crate::wire::message;
@@ -312,8 +313,15 @@ pub struct Session {
     unnamed_serial: u64,
     /// What the unnamed statement that was bound last does when it is executed.
     bound: Events,
-    /// The client has asked for the state of sequences before.
+    /// The client has asked for the state of sequences before, and since it advanced any; or may, as others of its tenant do.
+    has_asked: bool,
+    asked_last: bool,
     asks: bool,
+    /// It has advanced some in this transaction; and in one before on the same server connection.
+    advanced: bool,
+    advanced_again: bool,
+    /// The number of the [`Stay`] that it has done so in last.
+    stay: u64,
     /// Something has been changed that prepared statements may depend on, in this transaction.
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
@@ -403,7 +411,12 @@ impl Session {
             unnamed: None,
             unnamed_serial: 0,
             bound: None,
+            has_asked: false,
+            asked_last: false,
             asks: false,
+            advanced: false,
+            advanced_again: false,
+            stay: 0,
             untidy: false,
             altered: false,
             scope: Box::default(),
@@ -549,9 +562,25 @@ impl Session {
         self.residue.resets || self.residue.settings.iter().any(|found| **found == *name)
     }
 
-    /// Whether the client asks for the state of sequences.
-    pub fn asks(&self) -> bool {
-        self.asks
+    /// How much the client would miss the state of its sequences.
+    pub fn claim(&self) -> Claim {
+        match (self.has_asked, self.asked_last) {
+            (false, _) if self.advanced_again => Claim::Unused,
+            (false, _) => Claim::New,
+            (true, true) => Claim::Asked,
+            (true, false) => Claim::Due,
+        }
+    }
+
+    /// Whether it has to keep this server connection for the state of sequences.
+    pub fn keeps_sequences(&self, prepared: &Prepared) -> bool {
+        self.asks && prepared.sequences_of == Some(self.stay())
+    }
+
+    /// Where it has advanced sequences last.
+    #[inline]
+    pub fn stay(&self) -> Stay {
+        Stay { client: self.client, number: self.stay }
     }
 
     /// Whether a database may have to be nobody else's for what the client has just said; asked once.
@@ -746,7 +775,7 @@ impl Session {
         };
         let text = addressed.as_deref().unwrap_or(text);
         self.note_residue(&residue, whole);
-        self.note_sequences(&residue, Some(text), link.prepared, out);
+        self.note_sequences(&residue, Some(text), link, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;
@@ -886,21 +915,34 @@ impl Session {
         !others.is_empty()
     }
 
-    /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
-    /// `query` is the text, if it is a Query's.
-    fn note_sequences(&mut self, residue: &Residue, query: Option<&[u8]>, prepared: &mut Prepared, out: &mut BytesMut) {
+    /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's; as soon
+    /// as one has asked, so do all clients of the tenant that advance any. `query` is the text, if it is a Query's.
+    fn note_sequences(&mut self, residue: &Residue, query: Option<&[u8]>, link: &mut Link<'_>, out: &mut BytesMut) {
         if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
             return;
         }
-        self.asks |= residue.asks;
+        if residue.asks {
+            self.has_asked = true;
+            link.registry.note_asks();
+        }
+        self.asked_last = residue.asks;
+        self.asks |= link.registry.asks();
         self.residue.asks |= self.asks;
-        // An aborted transaction takes nothing but its end.
-        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
-        // What is not understood may ask, and makes the state ours.
-        if others && (self.asks || residue.unknown) && !query.is_some_and(needs_first_snapshot) {
+        let prepared = &mut *link.prepared;
+        let before = prepared.sequences_of;
+        let own = before == Some(self.stay());
+        // In the transaction that has advanced it, it is about that.
+        let others = if own { prepared.sequences_mixed && !self.advanced } else { before.is_some() };
+        // An aborted transaction takes nothing but its end. What is not understood may ask.
+        let forgets = (self.asks || residue.unknown) && self.status != b'E' && !query.is_some_and(needs_first_snapshot);
+        if others && forgets {
             self.discard_sequences(query.is_some(), out);
         }
-        prepared.sequences_of = Some(self.client);
+        self.advanced_again = own && (self.advanced_again || !self.advanced);
+        self.advanced |= residue.advances;
+        self.stay += u64::from(!own);
+        prepared.sequences_of = Some(self.stay());
+        prepared.sequences_mixed = !(others && forgets) && (prepared.sequences_mixed || others) && before.is_some();
     }
 
     /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
@@ -1188,7 +1230,7 @@ impl Session {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
-                self.note_sequences(&statement.residue, None, link.prepared, out);
+                self.note_sequences(&statement.residue, None, link, out);
                 if statement.residue.lists {
                     self.hide_others(Some(statement.id), link, out);
                 }
@@ -1251,7 +1293,7 @@ impl Session {
     fn bind_unnamed(&mut self, values: &[u8], whole: bool, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         let Some(unnamed) = self.unnamed.take() else { return };
         self.note_bound(&unnamed.residue, values, whole);
-        self.note_sequences(&unnamed.residue, None, link.prepared, out);
+        self.note_sequences(&unnamed.residue, None, link, out);
         if unnamed.residue.lists {
             self.hide_others(None, link, out);
         }
@@ -1585,6 +1627,7 @@ impl Session {
             self.renames = false;
             self.rescopes &= status != b'I';
             self.rereads &= status != b'I';
+            self.advanced &= status != b'I';
             self.forgot_sequences = false;
         }
         (self.copy_in, self.copy_data, self.sync_in_copy, self.copy_began) = (false, false, false, false);
@@ -1633,8 +1676,8 @@ impl Session {
         // What comes behind it in the same pipeline counts again.
         let last = !self.expects.iter().skip(1).any(|e| matches!(e, Expect::Query(_) | Expect::Execute(_)));
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
-        if discarded && prepared.sequences_of == Some(self.client) {
-            prepared.sequences_of = None;
+        if discarded && prepared.sequences_of == Some(self.stay()) {
+            (prepared.sequences_of, prepared.sequences_mixed) = (None, false);
             self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
         } else {
@@ -1671,7 +1714,7 @@ impl Session {
     #[inline]
     fn may_advance(&mut self, prepared: &mut Prepared) {
         if std::mem::take(&mut self.forgot_sequences) {
-            prepared.sequences_of = Some(self.client);
+            prepared.sequences_of = Some(self.stay());
         }
     }
 
