@@ -307,7 +307,15 @@ impl Relay {
                     self.yields = true;
                     return Poll::Ready(Outcome::Done);
                 }
-                return if self.is_too_slow(cx) { Poll::Ready(self.too_slow()) } else { Poll::Pending };
+                if !self.is_too_slow(cx) {
+                    return Poll::Pending;
+                }
+                if self.waits == Waits::Pinned && self.pinned == Some(settle::SEQUENCE) && self.is_between() {
+                    // It may be told that there is no number; that is no reason to end it.
+                    self.yields = true;
+                    return Poll::Ready(Outcome::Done);
+                }
+                return Poll::Ready(self.too_slow());
             }
         }
     }
