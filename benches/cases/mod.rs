@@ -245,7 +245,7 @@ impl Checkout {
 
     pub fn run(&self) {
         let _inside = self.runtime.enter();
-        let lease = self.pool.try_checkout(black_box(&self.settings)).unwrap();
+        let lease = self.pool.try_checkout(black_box(&self.settings), None).unwrap();
         lease.release(CheckIn::Clean, std::time::Duration::from_secs(1), tokio::time::Instant::now());
     }
 }

@@ -133,6 +133,7 @@ const POOL: &[Key] = keys! { one pool:
     /// How long a client waits for a server connection.
     query_wait_timeout: SomeTime;
     /// A client that keeps its server connection ("auto") and is idle outside a transaction for longer is closed; 0 is never.
+    /// One that keeps it only for currval and lastval gives it back instead.
     pin_timeout: Time;
     /// A server connection idle for longer is closed.
     server_idle_timeout: SomeTime;

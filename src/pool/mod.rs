@@ -10,6 +10,7 @@
 pub mod cancel;
 pub mod connect;
 pub mod faces;
+pub mod keepers;
 pub mod lease;
 pub mod listener;
 pub mod params;
@@ -30,10 +31,10 @@ mod welcome;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -45,13 +46,14 @@ use crate::metrics::Metrics;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
 use faces::{Faces, Question, Questions};
+use keepers::{Claim, Keepers};
 pub use lease::Lease;
 use listener::Listeners;
 use params::Params;
 use queue::{Place, Queue};
 use residue::Carried;
 use shard::Budget;
-use statements::Registry;
+use statements::{Registry, Stay};
 use welcome::Welcomes;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
@@ -78,6 +80,8 @@ pub struct Pools {
     metrics: Arc<Metrics>,
     statement_ids: Arc<AtomicU64>,
     questions: Questions,
+    /// Tenants without a pool at present whose clients ask for the state of sequences; see [`Registry::asks`].
+    asking: DashSet<TenantId>,
 }
 
 /// The server connections of one tenant at one home.
@@ -106,6 +110,9 @@ struct State {
     open: usize,
     connecting: usize,
     waiters: Queue,
+    keepers: Keepers,
+    /// A task calls them when they have rested.
+    calls: bool,
     /// When the task that ends waits looks again; `None` if there is no such task.
     alarm: Option<Instant>,
     /// Until then no connection becomes idle, see [`Pool::make_way`].
@@ -177,6 +184,7 @@ impl Pools {
             metrics,
             statement_ids: Arc::default(),
             questions: Questions::default(),
+            asking: DashSet::new(),
         }
     }
 
@@ -201,10 +209,16 @@ impl Pools {
             retired: AtomicBool::new(false),
             listeners: Listeners::default(),
         });
+        if self.asking.contains(&tenant.id) {
+            pool.statements.note_asks();
+        }
         let mut entry = self.pools.entry(tenant.id.clone()).or_insert_with(|| pool.clone());
         if !Arc::ptr_eq(&entry, &pool) {
             if entry.tenant.epoch >= tenant.epoch && !entry.state.lock().retired {
                 return entry.clone();
+            }
+            if entry.statements.asks() {
+                pool.statements.note_asks();
             }
             entry.retire();
             *entry = pool.clone();
@@ -228,6 +242,7 @@ impl Pools {
 
     /// Closes a tenant's idle connections, and the others as they come back.
     pub fn close_tenant(&self, id: &str) {
+        self.asking.remove(id);
         if let Some((_, pool)) = self.pools.remove(id) {
             pool.retire();
         }
@@ -277,6 +292,9 @@ impl Pools {
             let removed =
                 self.pools.remove_if(&pool.tenant.id, |_, held| Arc::ptr_eq(held, &pool) && pool.retire_if_empty());
             if removed.is_some() {
+                if pool.statements.asks() {
+                    self.asking.insert(pool.tenant.id.clone());
+                }
                 pool.budget.leave(&pool);
             }
         }
@@ -360,11 +378,12 @@ impl Pool {
         one_of_its_kind(&mut self.state.lock().carried, carried)
     }
 
-    /// A connection that is idle now; `None` if there is none or others wait.
+    /// A connection that is idle now; `None` if there is none or others wait. `stay` is that of a client that may advance
+    /// sequences: see [`State::apart`].
     #[inline]
-    pub fn try_checkout(self: &Arc<Self>, settings: &Arc<Settings>) -> Option<Lease> {
+    pub fn try_checkout(self: &Arc<Self>, settings: &Arc<Settings>, stay: Option<Stay>) -> Option<Lease> {
         loop {
-            let mut conn = self.state.lock().take_idle(settings)?;
+            let mut conn = self.state.lock().take_idle(settings, stay)?;
             // A connection that has anything to say while idle is going away, or in doubt: it is closed.
             if conn.is_quiet() {
                 return Some(Lease::new(conn));
@@ -384,7 +403,7 @@ impl Pool {
         query_wait_timeout: Duration,
     ) -> Result<Lease, CheckoutError> {
         loop {
-            if let Some(lease) = self.try_checkout(settings) {
+            if let Some(lease) = self.try_checkout(settings, None) {
                 return Ok(lease);
             }
             if let Some(lease) = self.wait(settings, application_name, query_wait_timeout).await.0? {
@@ -406,7 +425,7 @@ impl Pool {
         let key = {
             let mut state = self.state.lock();
             // One may have come back since the caller has looked.
-            let free = state.take_idle(settings);
+            let free = state.take_idle(settings, None);
             let answer = if state.retired { Some(Err(CheckoutError::Retired)) } else { free.map(Ok) };
             let key = state.waiters.join(Place::new(settings, application_name, now, deadline));
             if let Some(answer) = answer {
@@ -506,6 +525,7 @@ impl Pool {
                     };
                     drop(state);
                     if stale.is_none() {
+                        self.call_keepers();
                         return;
                     }
                     continue;
@@ -627,6 +647,56 @@ impl Pool {
         Some(state.idle.remove(at))
     }
 
+    /// Notes that a client keeps a connection for nothing but the state of sequences, and has been idle `since` then; until
+    /// the result is dropped.
+    pub fn stand_by(self: &Arc<Self>, since: Instant, claim: Claim, waker: &Waker) -> StandBy {
+        let key = self.state.lock().keepers.join(since, claim, waker);
+        self.call_keepers();
+        StandBy { pool: self.clone(), key }
+    }
+
+    /// Has as many of them give way as there are waiters that no connection can be opened for.
+    fn call_keepers(self: &Arc<Self>) {
+        let (mut wake, now) = (Vec::new(), Instant::now());
+        let next = {
+            let mut state = self.state.lock();
+            let state = &mut *state;
+            let (false, Some(waiting)) = (state.keepers.is_empty(), state.waiters.oldest()) else { return };
+            if state.open < self.limits.default_pool_size {
+                return;
+            }
+            let unmet = |state: &State| state.waiters.len() > state.connecting + state.keepers.called();
+            while unmet(state)
+                && let Some(waker) = state.keepers.call(waiting, now)
+            {
+                wake.push(waker);
+            }
+            let next = state.keepers.next(waiting, now).filter(|_| unmet(state) && !state.calls);
+            state.calls |= next.is_some();
+            next
+        };
+        for waker in wake {
+            waker.wake();
+        }
+        if let Some(at) = next {
+            self.worker.spawn(call_keepers_at(Arc::downgrade(self), at));
+        }
+    }
+
+    /// Since when the one of them is idle that would give way for another tenant; `None` if one is doing that.
+    pub(super) fn resting_keeper(&self, waiting: Instant, now: Instant) -> Option<Instant> {
+        let state = self.state.lock();
+        if state.keepers.called() > 0 { None } else { state.keepers.resting(waiting, now) }
+    }
+
+    /// Has it give way.
+    pub(super) fn call_keeper(&self, waiting: Instant, now: Instant) {
+        let waker = self.state.lock().keepers.call(waiting, now);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
     fn close_expired(&self, now: Instant, idle_timeout: Duration) {
         let expired = {
             let mut state = self.state.lock();
@@ -678,12 +748,31 @@ impl State {
 
     /// The idle connection used last, unless others are in line for it.
     #[inline]
-    fn take_idle(&mut self, settings: &Arc<Settings>) -> Option<Box<ServerConnection>> {
+    fn take_idle(&mut self, settings: &Arc<Settings>, stay: Option<Stay>) -> Option<Box<ServerConnection>> {
         if !self.waiters.is_empty() || self.retired {
             return None;
         }
-        let at = self.idle_at(settings)?;
+        let last = self.idle_at(settings)?;
+        let at = match stay {
+            Some(stay) if self.idle[last].prepared.sequences_of != Some(stay) => self.apart(last, stay),
+            _ => last,
+        };
         Some(self.idle.remove(at))
+    }
+
+    /// Of the idle connections like this one: the one that knows the state of this client's sequences, or one that knows
+    /// nobody's, or the one whose client has not come back for longest.
+    fn apart(&self, like: usize, stay: Stay) -> usize {
+        let settings = &self.idle[like].settings;
+        let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
+        let rank = |conn: &ServerConnection| match conn.prepared.sequences_of {
+            Some(of) if of == stay => 0,
+            None => 1,
+            Some(_) => 2,
+        };
+        let ranks = self.idle.iter().enumerate().filter(|(_, conn)| same(conn)).map(|(at, conn)| (rank(conn), at));
+        // The one used last, if nobody's state is on it.
+        ranks.min_by_key(|&(rank, at)| (rank, if rank == 2 { at } else { usize::MAX - at })).map_or(like, |(_, at)| at)
     }
 }
 
@@ -710,6 +799,34 @@ impl Drop for Wait {
         if let Some(conn) = untaken {
             self.pool.checkin(conn, Instant::now());
         }
+    }
+}
+
+/// A client that keeps a connection which it could do without, see [`Pool::stand_by`].
+pub struct StandBy {
+    pool: Arc<Pool>,
+    key: usize,
+}
+
+impl StandBy {
+    /// Whether it is to give way; the task is woken when it is.
+    pub fn is_called(&self, waker: &Waker) -> bool {
+        self.pool.state.lock().keepers.is_called(self.key, waker)
+    }
+}
+
+impl Drop for StandBy {
+    fn drop(&mut self) {
+        self.pool.state.lock().keepers.leave(self.key);
+        self.pool.call_keepers();
+    }
+}
+
+async fn call_keepers_at(pool: Weak<Pool>, at: Instant) {
+    tokio::time::sleep_until(at).await;
+    if let Some(pool) = pool.upgrade() {
+        pool.state.lock().calls = false;
+        pool.call_keepers();
     }
 }
 

@@ -212,6 +212,15 @@ impl Budget {
         evicted.is_some()
     }
 
+    /// Has a client give way that keeps its connection for nothing but the state of sequences, unless one is doing that.
+    fn call_keeper(&self) {
+        let (Some(waiting), now) = (self.oldest(), Instant::now()) else { return };
+        let resting = |pool: Arc<Pool>| pool.resting_keeper(waiting, now).map(|since| (since, pool));
+        if let Some((_, pool)) = self.pools().into_iter().filter_map(resting).min_by_key(|(since, _)| *since) {
+            pool.call_keeper(waiting, now);
+        }
+    }
+
     /// Sees to it that connections which fall idle while others wait are closed for them.
     pub(super) fn watch(self: &Arc<Self>, worker: &Handle) {
         if !std::mem::replace(&mut self.state.lock().watched, true) {
@@ -243,6 +252,7 @@ async fn close_idle(budget: Weak<Budget>) {
         tokio::time::sleep(MIN_GRACE).await;
         let Some(budget) = budget.upgrade().filter(|budget| budget.is_watched()) else { return };
         while budget.oldest().is_some() && budget.evict_for(None) {}
+        budget.call_keeper();
     }
 }
 

@@ -100,6 +100,8 @@ impl Borrow<[u8]> for ByBody {
 pub struct Registry {
     next: Arc<AtomicU64>,
     known: Mutex<Known>,
+    /// See [`Registry::asks`].
+    asks: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -194,7 +196,18 @@ impl Registry {
     /// An empty registry. Numbers come from `next`, which all registries share: a client that goes from one pool to the
     /// next when its tenant moves takes its statements along.
     pub fn new(next: Arc<AtomicU64>) -> Self {
-        Self { next, known: Mutex::default() }
+        Self { next, ..Self::default() }
+    }
+
+    /// Whether a client of the tenant has ever asked for the state of sequences: others may, then.
+    #[inline]
+    pub fn asks(&self) -> bool {
+        self.asks.load(Ordering::Relaxed)
+    }
+
+    /// Notes that one has.
+    pub fn note_asks(&self) {
+        self.asks.store(true, Ordering::Relaxed);
     }
 
     /// The statement with this body in this scope, if a server has accepted it before.
@@ -267,8 +280,20 @@ pub struct Prepared {
     pub unnamed: Option<UnnamedOwner>,
     /// Statements whose names mean something else there: to be closed before they are prepared.
     squatted: HashSet<u64>,
-    /// The client that may have changed what `currval` and `lastval` say last.
-    pub sequences_of: Option<u64>,
+    /// Who may have changed last what `currval` and `lastval` say.
+    pub sequences_of: Option<Stay>,
+    /// They may still say what others have done before.
+    pub sequences_mixed: bool,
+}
+
+/// A client, and which of the server connections on which it has advanced sequences, one after the other. What it did on
+/// an earlier one is not what it did last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stay {
+    /// The client.
+    pub client: u64,
+    /// Counted from 1; 0 is none.
+    pub number: u64,
 }
 
 #[derive(Debug)]

@@ -54,6 +54,7 @@ impl Relay {
         self.client.key.entry.bind(lease.conn().cancel_target());
         metrics::shift(&self.worker.stats.clients_active, 1);
         (self.waits, self.server_deaf, self.farewell, self.held) = (Waits::Nobody, false, false, false);
+        (self.yields, self.newcomer) = (false, false);
         self.down.disarm();
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
@@ -61,6 +62,7 @@ impl Relay {
                 Err(error) => Outcome::Told(error),
                 Ok(()) if self.pinned.is_none() => break,
                 Ok(()) => {
+                    self.stand_by = None;
                     self.client.key.entry.bind(lease.conn().cancel_target());
                     // What was settled has been read past it.
                     self.down.disarm();
@@ -69,6 +71,8 @@ impl Relay {
             };
         }
         metrics::shift(&self.worker.stats.clients_active, -1);
+        // It counts as one that gives way until it has.
+        let _until_then = self.stand_by.take();
         self.client.key.entry.unbind();
         match outcome {
             Outcome::Done => {
@@ -143,7 +147,8 @@ impl Relay {
 
     /// Whether something may be left on the server connection that has to be found out before it can go back, or stay.
     fn must_settle(&self) -> bool {
-        self.client.rules.pool_mode == PoolMode::Auto && (self.session.has_residue() || self.held) && !self.leaving
+        let may_hold = self.session.has_residue() || self.held || self.yields;
+        self.client.rules.pool_mode == PoolMode::Auto && may_hold && !self.leaving
     }
 
     /// Finds out what the transaction has left behind, while the client already has its answer, unless it listens.
@@ -169,7 +174,10 @@ impl Relay {
         // takes long may hold it for longer than that: what is stopped then counts as state that nobody knows.
         self.client.key.entry.unbind();
         let _ = tokio::time::timeout(CANCEL_PATIENCE, conn.cancels.settled()).await;
-        let residue = self.session.take_residue();
+        let mut residue = self.session.take_residue();
+        // It may have come to hold something else since, which was not asked for as long as it kept the connection anyway.
+        let yields = std::mem::take(&mut self.yields);
+        residue.unknown |= yields;
         let (mut listens, mut pinned) = (None, self.pinned);
         if !residue.is_none() {
             let work = settle::settle(conn, &residue, &self.carried, self.pinned, self.ears.is_some());
@@ -181,7 +189,7 @@ impl Relay {
         self.seeded |= residue.seeds;
         self.known_by_process |= residue.stores_process;
         self.doubtful |= settle::has_doubtful_names(&residue, &conn.params);
-        let sequences = self.session.asks() && conn.prepared.sequences_of == Some(self.client.id);
+        let sequences = self.session.keeps_sequences(&conn.prepared) && !yields;
         // These are not asked of the server: they come and go with what the client says.
         pinned = pinned.filter(|reason| ![settle::SEQUENCE, settle::SEED, settle::PROCESS].contains(reason));
         pinned = pinned.or(sequences.then_some(settle::SEQUENCE)).or(self.seeded.then_some(settle::SEED));
@@ -295,7 +303,19 @@ impl Relay {
             }
             // What `up` has moved, `down` has seen the consequences of: it was asked later.
             if down.is_pending() {
-                return if self.is_too_slow(cx) { Poll::Ready(self.too_slow()) } else { Poll::Pending };
+                if self.pinned == Some(settle::SEQUENCE) && self.gives_way(cx) {
+                    self.yields = true;
+                    return Poll::Ready(Outcome::Done);
+                }
+                if !self.is_too_slow(cx) {
+                    return Poll::Pending;
+                }
+                if self.waits == Waits::Pinned && self.pinned == Some(settle::SEQUENCE) && self.is_between() {
+                    // It may be told that there is no number; that is no reason to end it.
+                    self.yields = true;
+                    return Poll::Ready(Outcome::Done);
+                }
+                return Poll::Ready(self.too_slow());
             }
         }
     }
@@ -308,12 +328,28 @@ impl Relay {
             PoolMode::Auto => self.pinned.is_none() || self.session.has_residue() || self.leaving,
             PoolMode::Session => self.leaving,
         };
-        (wanted || self.held)
-            && !self.held_up
+        (wanted || self.held) && self.is_between()
+    }
+
+    /// Whether nothing is under way.
+    #[inline]
+    fn is_between(&self) -> bool {
+        !self.held_up
             && self.session.is_idle()
             && !self.up.has_output()
             && !self.up.mid_frame()
             && !self.down.in_frame()
+    }
+
+    /// Whether others wait for the server connection, which the client keeps for nothing but the state of sequences.
+    fn gives_way(&mut self, cx: &Context<'_>) -> bool {
+        if !self.is_between() {
+            self.stand_by = None;
+            return false;
+        }
+        let (pool, since, claim) = (&self.pool, self.ready_at, self.session.claim());
+        let stand_by = self.stand_by.get_or_insert_with(|| pool.stand_by(since, claim, cx.waker()));
+        stand_by.is_called(cx.waker())
     }
 
     /// Client to server. `Ready(None)`: something moved.

@@ -46,7 +46,8 @@ use crate::pool::lease::CheckIn;
 use crate::pool::params::Params;
 use crate::pool::residue::Carried;
 use crate::pool::scope;
-use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings};
+use crate::pool::statements::Stay;
+use crate::pool::{CheckoutError, Lease, Pool, Pools, Settings, StandBy};
 use crate::stream::{Buffers, Stream};
 use crate::tenant::Status;
 use crate::tenant::plan::{MARK, Replication};
@@ -219,6 +220,12 @@ struct Relay {
     ears: Option<Box<notify::Ears>>,
     /// Its ReadyForQuery is held back until what it listens to is settled.
     held: bool,
+    /// While it is idle and keeps its server connection for the state of sequences: others may ask for that.
+    stand_by: Option<StandBy>,
+    /// They have.
+    yields: bool,
+    /// It has held no server connection before.
+    newcomer: bool,
     /// The client has seeded `random()` on the server connection that it keeps.
     seeded: bool,
     /// The client has written down the process id of the server connection that it keeps.
@@ -309,6 +316,9 @@ impl Relay {
             pinned: None,
             ears: None,
             held: false,
+            stand_by: None,
+            yields: false,
+            newcomer: true,
             seeded: false,
             known_by_process: false,
             doubtful: false,
@@ -339,7 +349,7 @@ impl Relay {
             if let Err(error) = self.route() {
                 return End::Told(error);
             }
-            let lease = match self.pool.try_checkout(&self.client.settings) {
+            let lease = match self.pool.try_checkout(&self.client.settings, self.may_stay()) {
                 Some(lease) => lease,
                 None => match self.checkout().await {
                     Ok(Some(lease)) => lease,
@@ -357,6 +367,13 @@ impl Relay {
                 Lent::Unfit(why) => return End::Told(why),
             }
         }
+    }
+
+    /// For a client that may advance sequences: where it has done so last. One that only reads takes what comes.
+    #[inline]
+    fn may_stay(&self) -> Option<Stay> {
+        let stay = self.session.stay();
+        (self.newcomer || stay.number > 0).then_some(stay)
     }
 
     /// Waits for the beginning of a request, holding nothing.
@@ -436,7 +453,7 @@ impl Relay {
     async fn checkout(&mut self) -> Result<Option<Lease>, End> {
         loop {
             self.route().map_err(End::Told)?;
-            if let Some(lease) = self.pool.try_checkout(&self.client.settings) {
+            if let Some(lease) = self.pool.try_checkout(&self.client.settings, self.may_stay()) {
                 return Ok(Some(lease));
             }
             let counted = Waiting::new(&self.worker.stats);

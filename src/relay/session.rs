@@ -148,8 +148,15 @@ pub struct Session {
     unnamed_serial: u64,
     /// What the unnamed statement that was bound last does when it is executed.
     bound: Events,
-    /// The client has asked for the state of sequences before.
+    /// The client has asked for the state of sequences before, and since it advanced any; or may, as others of its tenant do.
+    has_asked: bool,
+    asked_last: bool,
     asks: bool,
+    /// It has advanced some in this transaction; and in one before on the same server connection.
+    advanced: bool,
+    advanced_again: bool,
+    /// The number of the [`Stay`] that it has done so in last.
+    stay: u64,
     /// Something has been changed that prepared statements may depend on, in this transaction.
     altered: bool,
     /// Something is on the server connection that only a reset takes away.
@@ -204,7 +211,12 @@ impl Session {
             unnamed: None,
             unnamed_serial: 0,
             bound: None,
+            has_asked: false,
+            asked_last: false,
             asks: false,
+            advanced: false,
+            advanced_again: false,
+            stay: 0,
             untidy: false,
             altered: false,
             scope: Box::default(),
@@ -322,11 +334,6 @@ impl Session {
     /// Whether a setting may have been reset since the server connection was lent.
     pub fn may_reset(&self, name: &str) -> bool {
         self.residue.resets || self.residue.settings.iter().any(|found| **found == *name)
-    }
-
-    /// Whether the client asks for the state of sequences.
-    pub fn asks(&self) -> bool {
-        self.asks
     }
 
     /// Whether a database may have to be nobody else's for what the client has just said; asked once.

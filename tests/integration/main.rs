@@ -26,6 +26,7 @@ mod own_server;
 mod pooling;
 mod provisioning;
 mod replication;
+mod sequences;
 mod startup;
 mod statements;
 mod tls;

@@ -68,7 +68,7 @@ impl Session {
                 self.bound = events;
                 shared = Some(Shared { id: statement.id, name: clients });
                 self.note_bound(&statement.residue, values, whole);
-                self.note_sequences(&statement.residue, None, link.prepared, out);
+                self.note_sequences(&statement.residue, None, link, out);
                 if statement.residue.lists {
                     self.hide_others(Some(statement.id), link, out);
                 }

@@ -155,7 +155,7 @@ impl Session {
         };
         let text = addressed.as_deref().unwrap_or(text);
         self.note_residue(&residue, whole);
-        self.note_sequences(&residue, Some(text), link.prepared, out);
+        self.note_sequences(&residue, Some(text), link, out);
         // A simple Query of any kind drops the unnamed statement.
         self.unnamed = None;
         link.prepared.unnamed = None;

@@ -2,35 +2,82 @@
 
 use bytes::BytesMut;
 
-use super::Session;
 use super::expect::Expect;
+use super::{Link, Session};
 use crate::config::PoolMode;
+use crate::pool::keepers::Claim;
 use crate::pool::residue::Residue;
-use crate::pool::statements::Prepared;
+use crate::pool::statements::{Prepared, Stay};
 use crate::wire::message;
 
 impl Session {
-    /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's.
-    /// `query` is the text, if it is a Query's.
+    /// How much the client would miss the state of its sequences.
+    pub fn claim(&self) -> Claim {
+        match (self.has_asked, self.asked_last) {
+            (false, _) if self.advanced_again => Claim::Unused,
+            (false, _) => Claim::New,
+            (true, true) => Claim::Asked,
+            (true, false) => Claim::Due,
+        }
+    }
+
+    /// Whether it has to keep this server connection for the state of sequences.
+    pub fn keeps_sequences(&self, prepared: &Prepared) -> bool {
+        self.asks && prepared.sequences_of == Some(self.stay())
+    }
+
+    /// Where it has advanced sequences last.
+    #[inline]
+    pub fn stay(&self) -> Stay {
+        Stay { client: self.client, number: self.stay }
+    }
+
+    /// The state of sequences is a session's: who asks for it keeps its server connection, and never sees another's; as soon
+    /// as one has asked, so do all clients of the tenant that advance any. `query` is the text, if it is a Query's.
     pub(super) fn note_sequences(
         &mut self,
         residue: &Residue,
         query: Option<&[u8]>,
-        prepared: &mut Prepared,
+        link: &mut Link<'_>,
         out: &mut BytesMut,
     ) {
         if self.pool_mode != PoolMode::Auto || !(residue.asks || residue.advances) {
             return;
         }
-        self.asks |= residue.asks;
+        if residue.asks {
+            self.has_asked = true;
+            link.registry.note_asks();
+        }
+        self.asked_last = residue.asks;
+        self.asks |= link.registry.asks();
         self.residue.asks |= self.asks;
-        // An aborted transaction takes nothing but its end.
-        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
-        // What is not understood may ask, and makes the state ours.
-        if others && (self.asks || residue.unknown) && !query.is_some_and(needs_first_snapshot) {
+        let before = link.prepared.sequences_of;
+        let own = before == Some(self.stay());
+        let others = self.finds_others(link.prepared);
+        let forgets = self.may_discard(residue) && !query.is_some_and(needs_first_snapshot);
+        if others && forgets {
             self.discard_sequences(query.is_some(), out);
         }
-        prepared.sequences_of = Some(self.client);
+        self.advanced_again = own && (self.advanced_again || !self.advanced);
+        self.advanced |= residue.advances;
+        self.stay += u64::from(!own);
+        let prepared = &mut *link.prepared;
+        prepared.sequences_of = Some(self.stay());
+        prepared.sequences_mixed = !(others && forgets) && (prepared.sequences_mixed || others) && before.is_some();
+    }
+
+    /// Whether the server connection may say what others did. In the transaction that has advanced it, it is about that.
+    fn finds_others(&self, prepared: &Prepared) -> bool {
+        match prepared.sequences_of {
+            Some(before) if before == self.stay() => prepared.sequences_mixed && !self.advanced,
+            before => before.is_some(),
+        }
+    }
+
+    /// Whether that may be asked for, and can be forgotten.
+    fn may_discard(&self, residue: &Residue) -> bool {
+        // An aborted transaction takes nothing but its end. What is not understood may ask.
+        (self.asks || residue.unknown) && self.status != b'E'
     }
 
     /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
@@ -48,7 +95,7 @@ impl Session {
     #[inline]
     pub(super) fn may_advance(&mut self, prepared: &mut Prepared) {
         if std::mem::take(&mut self.forgot_sequences) {
-            prepared.sequences_of = Some(self.client);
+            prepared.sequences_of = Some(self.stay());
         }
     }
 }

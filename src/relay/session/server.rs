@@ -129,6 +129,7 @@ impl Session {
             self.renames = false;
             self.rescopes &= status != b'I';
             self.rereads &= status != b'I';
+            self.advanced &= status != b'I';
             self.forgot_sequences = false;
         }
         (self.copy_in, self.copy_data, self.sync_in_copy, self.copy_began) = (false, false, false, false);
@@ -177,8 +178,8 @@ impl Session {
         // What comes behind it in the same pipeline counts again.
         let last = !self.expects.iter().skip(1).any(|e| matches!(e, Expect::Query(_) | Expect::Execute(_)));
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
-        if discarded && prepared.sequences_of == Some(self.client) {
-            prepared.sequences_of = None;
+        if discarded && prepared.sequences_of == Some(self.stay()) {
+            (prepared.sequences_of, prepared.sequences_mixed) = (None, false);
             self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
         } else {

@@ -4,6 +4,8 @@ use bytes::BytesMut;
 
 use super::*;
 use crate::error::sqlstate;
+use crate::pool::keepers::Claim;
+use crate::pool::statements::Stay;
 use crate::wire::frame::{self, HEADER};
 
 /// Takes SET ROLE for suspicious and refuses it.
@@ -98,6 +100,8 @@ fn tags(mut bytes: &[u8]) -> String {
     assert!(bytes.is_empty(), "half a message");
     tags
 }
+
+const SOMEBODY_ELSE: Option<Stay> = Some(Stay { client: 2, number: 1 });
 
 const READY: (u8, &[u8]) = (b'Z', b"I");
 const IN_TX: (u8, &[u8]) = (b'Z', b"T");
@@ -454,7 +458,7 @@ fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
     }
     both.client(b'S', b"");
     both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"DISCARD ALL\0")]);
-    assert_eq!(both.prepared.sequences_of, Some(1));
+    assert_eq!(both.prepared.sequences_of, Some(both.session.stay()));
     both.servers(&[(b'1', b""), (b'2', b""), (b'C', b"INSERT 0 1\0"), READY]);
     both.client(b'Q', b"DISCARD ALL\0");
     both.servers(&[(b'C', b"DISCARD ALL\0"), READY]);
@@ -465,8 +469,93 @@ fn sequences_advanced_behind_a_discard_in_the_same_pipeline_are_ones_own() {
         both.servers(&[(b'C', b"DISCARD SEQUENCES\0")]);
         assert_eq!(both.prepared.sequences_of, None);
         both.servers(&[last, READY]);
-        assert_eq!(both.prepared.sequences_of.take(), Some(1));
+        assert_eq!(both.prepared.sequences_of.take(), Some(both.session.stay()));
     }
+}
+
+/// As soon as one client of a tenant has asked for the state of sequences, all that advance any keep their connection.
+#[test]
+fn what_one_client_asks_for_others_are_kept_for() {
+    let mut both = Both::new(PoolMode::Auto);
+    let insert = |both: &mut Both| {
+        let sent = both.client(b'Q', b"INSERT INTO t VALUES (1)\0").0;
+        // DISCARD SEQUENCES has its own.
+        let answers = [(b'C', &b"INSERT 0 1\0"[..]), READY].repeat(sent.len());
+        both.servers(&answers);
+        sent
+    };
+    insert(&mut both);
+    assert!(!both.session.has_residue() && !both.session.keeps_sequences(&both.prepared));
+    both.registry.note_asks();
+    both.client(b'Q', b"SELECT 1\0");
+    both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+    assert!(!both.session.has_residue(), "who only reads is left alone");
+    assert_eq!(insert(&mut both), "Q");
+    assert!(both.session.has_residue() && both.session.keeps_sequences(&both.prepared));
+    assert_eq!(both.session.claim(), Claim::Unused, "it has not asked the first time");
+    // What is somebody else's is not there any more when it asks.
+    both.prepared.sequences_of = SOMEBODY_ELSE;
+    assert!(!both.session.keeps_sequences(&both.prepared));
+    assert_eq!(insert(&mut both), "QQ");
+    assert!(both.session.keeps_sequences(&both.prepared) && !both.prepared.sequences_mixed);
+    assert_eq!(both.session.claim(), Claim::New);
+    // Whoever asks says so to the others.
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"SELECT lastval()\0");
+    both.servers(&[ERROR, READY]);
+    assert!(both.registry.asks());
+    assert_eq!(both.session.claim(), Claim::Asked);
+    insert(&mut both);
+    assert_eq!(both.session.claim(), Claim::Due);
+    for mode in [PoolMode::Transaction, PoolMode::Session] {
+        let mut both = Both::new(mode);
+        both.client(b'Q', b"SELECT lastval()\0");
+        assert!(!both.registry.asks());
+    }
+}
+
+/// Nobody knows whether an INSERT has drawn from a sequence: what comes out may be somebody else's.
+#[test]
+fn a_late_question_is_not_answered_with_what_others_have_left() {
+    let said = |both: &mut Both, text: &[u8], status: &[u8]| {
+        let sent = both.client(b'Q', text).0;
+        both.servers(&[(b'C', &b"SELECT 1\0"[..]), (b'Z', status)].repeat(sent.len()));
+        sent
+    };
+    let others = || {
+        let mut both = Both::new(PoolMode::Auto);
+        both.prepared.sequences_of = SOMEBODY_ELSE;
+        both
+    };
+    let mut both = others();
+    assert_eq!(said(&mut both, b"INSERT INTO t VALUES (1)\0", b"I"), "Q", "costs nothing where nobody asks");
+    assert_eq!(said(&mut both, b"SELECT lastval()\0", b"I"), "QQ");
+    assert_eq!(said(&mut both, b"INSERT INTO t VALUES (1)\0", b"I"), "Q", "from now on it is its own");
+    assert_eq!(said(&mut both, b"SELECT lastval()\0", b"I"), "Q");
+    // In the same transaction it is most likely about that.
+    let mut both = others();
+    assert_eq!(said(&mut both, b"BEGIN\0", b"T"), "Q");
+    assert_eq!(said(&mut both, b"INSERT INTO t VALUES (1)\0", b"T"), "Q");
+    assert_eq!(said(&mut both, b"SELECT lastval()\0", b"T"), "Q");
+    assert_eq!(said(&mut both, b"COMMIT\0", b"I"), "Q");
+    assert_eq!(said(&mut both, b"SELECT lastval()\0", b"I"), "QQ");
+}
+
+/// What a client did before on another server connection is not what it did last.
+#[test]
+fn what_a_client_left_where_it_was_before_is_not_its_last() {
+    let mut both = Both::new(PoolMode::Auto);
+    let insert = |both: &mut Both| {
+        both.client(b'Q', b"INSERT INTO t VALUES (1)\0");
+        both.servers(&[(b'C', b"INSERT 0 1\0"), READY]);
+    };
+    insert(&mut both);
+    let first = std::mem::take(&mut both.prepared);
+    insert(&mut both);
+    assert_eq!(both.prepared.sequences_of, Some(both.session.stay()));
+    both.prepared = first;
+    assert_ne!(both.prepared.sequences_of, Some(both.session.stay()));
+    assert_eq!(both.client(b'Q', b"SELECT lastval()\0").0, "QQ");
 }
 
 /// A server that still reads the data ignores the Sync; one whose COPY has failed by then answers it.
@@ -552,7 +641,7 @@ fn what_follows_an_execute_is_carried_out() {
 #[test]
 fn a_farewell_is_for_the_client_whatever_it_interrupts() {
     let mut both = Both::new(PoolMode::Auto);
-    both.prepared.sequences_of = Some(2);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
     assert_eq!(both.client(b'Q', b"SELECT lastval()\0").0, "QQ");
     let farewell = (b'E', &b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"[..]);
     assert_eq!(both.servers(&[farewell]), "E");
@@ -562,10 +651,10 @@ fn a_farewell_is_for_the_client_whatever_it_interrupts() {
 #[test]
 fn nothing_of_ours_goes_before_what_has_to_come_first_in_a_transaction() {
     let mut both = Both::new(PoolMode::Auto);
-    both.prepared.sequences_of = Some(2);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
     assert_eq!(both.client(b'Q', b"START TRANSACTION ISOLATION LEVEL SERIALIZABLE; DO ''\0").0, "Q");
     let mut both = Both::new(PoolMode::Auto);
-    both.prepared.sequences_of = Some(2);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
     assert_eq!(both.client(b'Q', b"START TRANSACTION; DO ''\0").0, "QQ");
 }
 

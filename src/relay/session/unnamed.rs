@@ -138,7 +138,7 @@ impl Session {
     ) {
         let Some(unnamed) = self.unnamed.take() else { return };
         self.note_bound(&unnamed.residue, values, whole);
-        self.note_sequences(&unnamed.residue, None, link.prepared, out);
+        self.note_sequences(&unnamed.residue, None, link, out);
         if unnamed.residue.lists {
             self.hide_others(None, link, out);
         }
