@@ -2,8 +2,8 @@
 
 use bytes::BytesMut;
 
-use super::Session;
 use super::expect::Expect;
+use super::{Session, Verdict};
 use crate::config::PoolMode;
 use crate::pool::residue::Residue;
 use crate::pool::statements::Prepared;
@@ -24,13 +24,34 @@ impl Session {
         }
         self.asks |= residue.asks;
         self.residue.asks |= self.asks;
-        // An aborted transaction takes nothing but its end.
-        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
-        // What is not understood may ask, and makes the state ours.
-        if others && (self.asks || residue.unknown) && !query.is_some_and(needs_first_snapshot) {
+        if self.finds_others(residue, prepared) && !query.is_some_and(needs_first_snapshot) {
             self.discard_sequences(query.is_some(), out);
         }
         prepared.sequences_of = Some(self.client);
+    }
+
+    /// Whether what runs may ask for the state of sequences, and would find another client's.
+    fn finds_others(&self, residue: &Residue, prepared: &Prepared) -> bool {
+        // An aborted transaction takes nothing but its end.
+        let others = prepared.sequences_of.is_some_and(|client| client != self.client) && self.status != b'E';
+        // What is not understood may ask, and makes the state ours.
+        others && (residue.asks || residue.advances && (self.asks || residue.unknown))
+    }
+
+    /// Whether that has to be forgotten before the client's group of messages begins: within it this would be one more
+    /// statement, beside which `CREATE INDEX CONCURRENTLY` and the like are refused.
+    #[inline]
+    pub(super) fn must_discard_first(&self, residue: &Residue, prepared: &Prepared) -> bool {
+        self.pool_mode == PoolMode::Auto && !self.open_group && self.finds_others(residue, prepared)
+    }
+
+    /// Does so. The message is to be looked at again behind it.
+    pub(super) fn discard_first(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+        self.discard_sequences(false, out);
+        message::sync(out);
+        self.expects.push_back(Expect::InjectedSync);
+        (self.open_group, prepared.sequences_of) = (false, None);
+        Verdict::Ahead
     }
 
     /// Lets the session forget what another client has left. A Query would take the unnamed statement away.
