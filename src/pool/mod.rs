@@ -570,7 +570,12 @@ impl Pool {
         true
     }
 
-    fn opened(self: &Arc<Self>, result: Result<Box<ServerConnection>, PgError>, began: Instant) {
+    fn opened(
+        self: &Arc<Self>,
+        result: Result<Box<ServerConnection>, PgError>,
+        settings: &Arc<Settings>,
+        began: Instant,
+    ) {
         self.state.lock().connecting -= 1;
         match result {
             Ok(conn) => {
@@ -578,13 +583,14 @@ impl Pool {
                 self.checkin(conn, Instant::now());
                 self.serve();
             }
-            Err(error) => self.login_failed(error, began),
+            Err(error) => self.login_failed(error, settings, began),
         }
     }
 
-    /// Tells the first in line, if they have waited since the login began. If the server is full (another proxy may use it, too), those who wait go on waiting, as
+    /// Tells the first in line whose login it was: who wants these settings, which may be what the server did not like, and
+    /// has waited since it began. If the server is full (another proxy may use it, too), those who wait go on waiting, as
     /// they do when our own budget is spent.
-    fn login_failed(self: &Arc<Self>, error: PgError, began: Instant) {
+    fn login_failed(self: &Arc<Self>, error: PgError, settings: &Arc<Settings>, began: Instant) {
         if error.code == sqlstate::TOO_MANY_CONNECTIONS {
             self.budget.evict_for(Some(self));
             let pool = self.clone();
@@ -597,8 +603,8 @@ impl Pool {
         let wake = {
             let mut state = self.state.lock();
             // Who came after it began may be luckier: it is not what they would have been told.
-            let waited = state.waiters.oldest().is_some_and(|since| since <= began);
-            waited.then(|| state.waiters.answer(0, Err(CheckoutError::Failed(error)), Instant::now())).flatten()
+            let position = state.waiters.position(|place| place.since <= began && place.settings == *settings);
+            position.and_then(|at| state.waiters.answer(at, Err(CheckoutError::Failed(error)), Instant::now()))
         };
         if let Some(waker) = wake {
             waker.wake();
@@ -849,13 +855,13 @@ async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
     let (pool, began) = (slot.pool.clone(), Instant::now());
     // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
-    let result = pool.connector.clone().connect(slot, settings, application_name).await;
+    let result = pool.connector.clone().connect(slot, settings.clone(), application_name).await;
     let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
     outcome.fetch_add(1, Ordering::Relaxed);
     if result.is_ok() {
         pool.budget.note_login(began.elapsed());
     }
-    pool.opened(result.map(Box::new), began);
+    pool.opened(result.map(Box::new), &settings, began);
 }
 
 /// A place in a pool and in its shard's budget. Held by a connection for its whole life; dropping it makes room for

@@ -63,10 +63,8 @@ impl Params {
 
     /// Whether these are `others` [with](Params::with) one value changed. Says no where `others` do not have that name.
     pub fn are(&self, others: &Self, name: &str, value: &str) -> bool {
-        let same = |((have, mine), (other, theirs)): (&(Box<str>, Box<str>), &(Box<str>, Box<str>))| {
-            have == other && **mine == *(if **have == *name { value } else { theirs })
-        };
-        self.values.len() == others.values.len() && self.values.iter().zip(&others.values).all(same)
+        let expected = others.iter().map(|(have, old)| (have, if have == name { value } else { old }));
+        self.values.len() == others.values.len() && self.iter().eq(expected)
     }
 
     /// Appends a ParameterStatus for each of them, in order.

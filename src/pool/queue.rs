@@ -114,11 +114,15 @@ impl Queue {
         conn: Box<ServerConnection>,
         now: Instant,
     ) -> Result<Option<Waker>, Box<ServerConnection>> {
-        let fits = |key: &usize| self.places.get(*key).is_some_and(|place| place.settings == conn.settings);
-        match self.line.iter().position(fits) {
+        match self.position(|place| place.settings == conn.settings) {
             Some(position) => Ok(self.answer(position, Ok(conn), now)),
             None => Err(conn),
         }
+    }
+
+    /// Where in the line the first one is of whom this is true.
+    pub(super) fn position(&self, mut wanted: impl FnMut(&Place) -> bool) -> Option<usize> {
+        self.line.iter().position(|key| self.places.get(*key).is_some_and(&mut wanted))
     }
 
     /// Answers the one at a position in the line and returns whom to wake.

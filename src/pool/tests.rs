@@ -58,6 +58,24 @@ async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
     assert!(matches!(answer, Err(CheckoutError::Failed(_))));
 }
 
+/// A server refuses settings that it does not know: that is for who asked for them, whoever else waits, and came before.
+#[tokio::test]
+async fn a_failed_login_is_told_to_who_wanted_its_settings() {
+    let (pool, mut far_ends) = pool();
+    let (plain, odd) = (Arc::<Settings>::default(), Arc::new(vec![("no_such_thing".to_owned(), "1".to_owned())]));
+    let mut first = pool.wait(&plain, &"".into(), PATIENCE);
+    let own = next(&mut far_ends).await;
+    let second = pool.wait(&odd, &"".into(), PATIENCE);
+    drop(next(&mut far_ends).await);
+    let (answer, _) = tokio::select! {
+        (answer, _) = &mut first => panic!("{:?}", answer.err()),
+        answer = second => answer,
+    };
+    assert!(matches!(answer, Err(CheckoutError::Failed(_))));
+    drop(own);
+    assert!(matches!(first.await.0, Err(CheckoutError::Failed(_))));
+}
+
 #[test]
 fn a_pool_that_is_larger_than_needed_does_not_grow_the_faster_for_it() {
     let at_once = |open, connecting| State { open, connecting, ..State::default() }.at_once();

@@ -1,4 +1,5 @@
-//! Names of prepared statements in SQL text: `PREPARE`, `EXECUTE`, `DEALLOCATE`. No I/O.
+//! Names of prepared statements in SQL text: `PREPARE`, `EXECUTE`, `DEALLOCATE`, and `EXECUTE` in `EXPLAIN` and
+//! `CREATE TABLE AS`. No I/O.
 //!
 //! What a client has prepared by the protocol is on the server under a name of ours. SQL that names it gets our name in
 //! the place of the client's; everything else of the text stays as it is.
@@ -39,6 +40,7 @@ pub fn uses(sql: &[u8], lex: Lex) -> Vec<Use> {
 }
 
 fn in_statement(tokens: &[(Token, Range<usize>)]) -> Option<Use> {
+    let tokens = executed(explained(tokens));
     let word = |at: usize| match tokens.get(at) {
         Some((Token::Word(word), _)) => word.as_str(),
         _ => "",
@@ -55,6 +57,40 @@ fn in_statement(tokens: &[(Token, Range<usize>)]) -> Option<Use> {
     };
     let (token, span) = tokens.get(at)?;
     Some(Use { verb, name: token.name()?.as_bytes().into(), at: span.clone() })
+}
+
+/// What is explained, if anything is.
+fn explained(tokens: &[(Token, Range<usize>)]) -> &[(Token, Range<usize>)] {
+    let Some(((Token::Word(first), _), rest)) = tokens.split_first() else { return tokens };
+    if first != "explain" {
+        return tokens;
+    }
+    let option = |token: &Token| ["analyze", "analyse", "verbose"].iter().any(|word| token.is(word));
+    let words = rest.iter().take_while(|(token, _)| option(token)).count();
+    let close = match rest.first() {
+        Some((Token::Sign(b'('), _)) => rest.iter().position(|(token, _)| *token == Token::Sign(b')')),
+        _ => None,
+    };
+    &rest[close.map_or(words, |at| at + 1)..]
+}
+
+/// From the `EXECUTE` on that fills a table, if one does; otherwise all of it.
+fn executed(tokens: &[(Token, Range<usize>)]) -> &[(Token, Range<usize>)] {
+    let makes_table = tokens.first().is_some_and(|(token, _)| token.is("create"))
+        && tokens.iter().take(4).any(|(token, _)| token.is("table"));
+    let mut depth = 0_usize;
+    let first_as = tokens.iter().position(|(token, _)| {
+        match token {
+            Token::Sign(b'(') => depth += 1,
+            Token::Sign(b')') => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth == 0 && token.is("as")
+    });
+    match first_as.filter(|_| makes_table).map(|at| &tokens[at + 1..]) {
+        Some(rest) if rest.first().is_some_and(|(token, _)| token.is("execute")) => rest,
+        _ => tokens,
+    }
 }
 
 /// The text with other names where `ours`, in the order of the uses, has one.
@@ -90,6 +126,19 @@ mod tests {
             ("PREPARE TRANSACTION 'x'", ""),
             ("SELECT 'EXECUTE a'", ""),
             ("EXECUTE", ""),
+            ("EXPLAIN EXECUTE a(1)", "Execute a"),
+            ("explain analyze verbose execute a", "Execute a"),
+            ("EXPLAIN (ANALYZE, FORMAT json) EXECUTE \"A\"; DEALLOCATE a", "Execute A Deallocate a"),
+            ("EXPLAIN SELECT 1", ""),
+            ("EXPLAIN (", ""),
+            ("EXPLAIN", ""),
+            ("CREATE TABLE t AS EXECUTE a(1) WITH NO DATA", "Execute a"),
+            ("create global temporary table if not exists t (x, y) with (fillfactor = 70) as execute a", "Execute a"),
+            ("EXPLAIN CREATE UNLOGGED TABLE t AS EXECUTE a", "Execute a"),
+            ("CREATE TABLE t AS SELECT 1 AS execute FROM a", ""),
+            ("CREATE TABLE t (a int GENERATED ALWAYS AS (1) STORED)", ""),
+            ("CREATE VIEW v AS EXECUTE a", ""),
+            ("CREATE FUNCTION execute() RETURNS int LANGUAGE sql AS 'EXECUTE a'", ""),
         ] {
             let found = uses(sql.as_bytes(), Lex::default());
             let shown: Vec<String> =

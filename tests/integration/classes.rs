@@ -455,6 +455,44 @@ async fn class_12_sequences_of_others_are_not_seen_by_who_is_pinned() {
     assert_eq!(show(&three.until_ready().await), "2 D(t) C(SELECT 1) Z(I)");
 }
 
+/// Some commands want to be alone in their group of messages, whoever used the server connection before.
+#[tokio::test(flavor = "multi_thread")]
+async fn class_12_nothing_of_ours_is_in_the_way_of_what_runs_alone() {
+    let world = World::transaction(|config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 1;
+    })
+    .await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    let sql = "CREATE INDEX CONCURRENTLY notes ON bookings (lower(note))";
+    for name in ["", "a"] {
+        for apart in [false, true] {
+            two.query("INSERT INTO bookings (note) VALUES ('x')").await;
+            one.compose(|b| {
+                b.parse(name, sql);
+                if apart {
+                    b.sync();
+                }
+            })
+            .await;
+            if apart {
+                assert_eq!(show(&one.until_ready().await), "1 Z(I)");
+                two.query("INSERT INTO bookings (note) VALUES ('x')").await;
+            }
+            one.compose(|b| {
+                b.bind("", name, &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+            let expected = if apart { "2 C(CREATE INDEX) Z(I)" } else { "1 2 C(CREATE INDEX) Z(I)" };
+            assert_eq!(show(&one.until_ready().await), expected, "{name:?} {apart}");
+            one.query("DROP INDEX notes").await;
+            one.query("DEALLOCATE ALL").await;
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn class_13_notifications_reach_those_who_listen() {
     let world = world().await;

@@ -593,3 +593,27 @@ async fn who_lists_prepared_statements_lists_its_own() {
         one.query("DEALLOCATE s").await;
     }
 }
+
+/// SQL that runs a statement which the protocol has prepared may say so in the middle.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_protocol_prepared_is_explained_and_fills_tables() {
+    let world = World::transaction(|config| {
+        config.pool.pool_mode = PoolMode::Auto;
+        config.pool.default_pool_size = 2;
+    })
+    .await;
+    let mut client = world.raw("client_001").await;
+    prepare(&mut client, "S", "SELECT $1::int AS v").await;
+    for pause in [false, true] {
+        // On a server connection that has it, and on one that does not.
+        let _other = if pause { Some(occupant(&world).await) } else { None };
+        let explained = "D(Result) C(EXPLAIN) Z(I)";
+        assert_eq!(show(&client.query("EXPLAIN (COSTS off) EXECUTE \"S\"(1)").await), explained);
+        let made = "C(SELECT 1) D(7) C(SELECT 1) C(DROP TABLE) Z(I)";
+        let sql = "CREATE TABLE made (v) AS EXECUTE \"S\"(7); SELECT v FROM made; DROP TABLE made";
+        assert_eq!(show(&client.query(sql).await), made);
+        assert_eq!(prepare(&mut client, "", "EXPLAIN (COSTS off) EXECUTE \"S\"(1)").await, "1 Z(I)");
+        assert_eq!(run(&mut client, "", &[]).await, format!("2 {explained}"));
+    }
+    assert_eq!(show(&client.query("EXPLAIN EXECUTE nothing").await), "E(26000) Z(I)");
+}

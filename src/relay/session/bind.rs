@@ -51,6 +51,13 @@ impl Session {
             Addressed::Said(values) => Some(values),
             Addressed::Later => return Ok(Verdict::Later),
         };
+        let residue = match name {
+            b"" => self.unnamed.as_ref().map(|unnamed| &unnamed.residue),
+            name => self.named.get(name).map(|statement| &statement.residue),
+        };
+        if residue.is_some_and(|residue| self.must_discard_first(residue, link)) {
+            return Ok(self.discard_first(link.prepared, out));
+        }
         if let Some(verdict) = self.look_before_bind(name, values, max, link, out) {
             return Ok(verdict);
         }

@@ -52,6 +52,9 @@ impl Session {
             self.push_extended(Expect::Parse(None));
             return Ok(Verdict::Forward);
         };
+        if self.must_discard_first(&residue, link) {
+            return Ok(self.discard_first(link.prepared, out));
+        }
         self.addresses |= residue.processes;
         if name.is_empty() {
             return Ok(self.parse_addressed(text, body, whole, residue, link, out));

@@ -3,11 +3,11 @@
 use bytes::BytesMut;
 
 use super::expect::Expect;
-use super::{Link, Session};
+use super::{Link, Session, Verdict};
 use crate::config::PoolMode;
 use crate::pool::keepers::Claim;
 use crate::pool::residue::Residue;
-use crate::pool::statements::{Prepared, Stay};
+use crate::pool::statements::{Prepared, Registry, Stay};
 use crate::wire::message;
 
 impl Session {
@@ -54,7 +54,7 @@ impl Session {
         let before = link.prepared.sequences_of;
         let own = before == Some(self.stay());
         let others = self.finds_others(link.prepared);
-        let forgets = self.may_discard(residue) && !query.is_some_and(needs_first_snapshot);
+        let forgets = self.may_discard(residue, link.registry) && !query.is_some_and(needs_first_snapshot);
         if others && forgets {
             self.discard_sequences(query.is_some(), out);
         }
@@ -75,9 +75,27 @@ impl Session {
     }
 
     /// Whether that may be asked for, and can be forgotten.
-    fn may_discard(&self, residue: &Residue) -> bool {
-        // An aborted transaction takes nothing but its end. What is not understood may ask.
-        (self.asks || residue.unknown) && self.status != b'E'
+    fn may_discard(&self, residue: &Residue, registry: &Registry) -> bool {
+        // What is not understood may ask. An aborted transaction takes nothing but its end.
+        (self.asks || residue.asks || residue.unknown || registry.asks()) && self.status != b'E'
+    }
+
+    /// Whether that has to be forgotten before the client's group of messages begins: within it this would be one more
+    /// statement, beside which `CREATE INDEX CONCURRENTLY` and the like are refused.
+    #[inline]
+    pub(super) fn must_discard_first(&self, residue: &Residue, link: &Link<'_>) -> bool {
+        let touches = self.pool_mode == PoolMode::Auto && (residue.asks || residue.advances);
+        touches && !self.open_group && self.finds_others(link.prepared) && self.may_discard(residue, link.registry)
+    }
+
+    /// Does so. The message is to be looked at again behind it.
+    pub(super) fn discard_first(&mut self, prepared: &mut Prepared, out: &mut BytesMut) -> Verdict {
+        self.discard_sequences(false, out);
+        message::sync(out);
+        self.expects.push_back(Expect::InjectedSync);
+        self.open_group = false;
+        (prepared.sequences_of, prepared.sequences_mixed) = (None, false);
+        Verdict::Ahead
     }
 
     /// Lets the session forget what another client has left. A Query would take the unnamed statement away.

@@ -658,6 +658,30 @@ fn nothing_of_ours_goes_before_what_has_to_come_first_in_a_transaction() {
     assert_eq!(both.client(b'Q', b"START TRANSACTION; DO ''\0").0, "QQ");
 }
 
+/// In the client's own group a statement of ours would be one beside which `CREATE INDEX CONCURRENTLY` is refused.
+#[test]
+fn what_others_did_to_sequences_is_forgotten_before_the_group_begins() {
+    let create = b"\0CREATE INDEX CONCURRENTLY i ON t (f(x))\0\0\0";
+    let named = [&b"a"[..], create].concat();
+    let mut both = Both::new(PoolMode::Auto);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
+    assert_eq!(both.client(b'P', create).0, "CPBECCS");
+    assert_eq!(both.client(b'P', create).0, "P");
+    assert_eq!(both.client(b'B', b"\0\0\0\0\0\0\0\0").0, "B");
+    both.client(b'S', b"");
+    let step = [(b'3', &b""[..]), (b'1', b""), (b'2', b""), (b'C', b"DISCARD SEQUENCES\0"), (b'3', b""), (b'3', b"")];
+    assert_eq!(both.servers(&step), "");
+    assert_eq!(both.servers(&[READY, (b'1', b""), (b'2', b""), READY]), "12Z");
+    assert_eq!(both.prepared.sequences_of, Some(both.session.stay()));
+    // Prepared before.
+    both.client(b'P', &named);
+    both.client(b'S', b"");
+    both.servers(&[(b'1', b""), READY]);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "CPBECCS");
+    assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "B");
+}
+
 /// RowDescription of columns with these names and types.
 fn columns(of: &[(&str, u8)], table: u8) -> Vec<u8> {
     let mut body = vec![0, u8::try_from(of.len()).unwrap()];
