@@ -119,7 +119,9 @@ class Dev:
         self.log_path = self.dir / "log"
         self.log = open(self.log_path, "wb")
         command = [str(binary()), "dev", "--port", "0", "--json", "--config", str(file), *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log)
+        # Variables of the tests are none of the proxy's.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PGUSHER_TEST_")}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env)
         lines = queue.Queue()
         threading.Thread(target=lambda: lines.put(self.process.stdout.readline()), daemon=True).start()
         try:
