@@ -113,6 +113,12 @@ struct State {
     keepers: Keepers,
     /// A task calls them when they have rested.
     calls: bool,
+    /// When a client last gave a connection back.
+    came_back: Option<Instant>,
+    /// Since when somebody has been waiting all the time, the time before the last login not counted.
+    pressed_since: Option<Instant>,
+    /// Whether a task opens connections for those who wait as soon as it is time.
+    grows: bool,
     /// When the task that ends waits looks again; `None` if there is no such task.
     alarm: Option<Instant>,
     /// Until then no connection becomes idle, see [`Pool::make_way`].
@@ -148,6 +154,13 @@ const MAKE_WAY: Duration = Duration::from_secs(2);
 
 /// See [`State::at_once`].
 const MIN_AT_ONCE: usize = 2;
+
+/// See [`State::opens_at`]: in the time without a connection that comes back after which none is waited for.
+const WAITED_LONG: u32 = 2;
+const NEVER_PAUSED: u32 = 4;
+
+/// What has come back already and was not yet read is there within this time.
+const AT_LEAST: Duration = Duration::from_millis(2);
 
 /// Before the next login to a server that takes no more connections.
 const SERVER_FULL_PAUSE: Duration = Duration::from_millis(100);
@@ -427,6 +440,9 @@ impl Pool {
             // One may have come back since the caller has looked.
             let free = state.take_idle(settings, None);
             let answer = if state.retired { Some(Err(CheckoutError::Retired)) } else { free.map(Ok) };
+            if state.waiters.is_empty() {
+                state.pressed_since = Some(now);
+            }
             let key = state.waiters.join(Place::new(settings, application_name, now, deadline));
             if let Some(answer) = answer {
                 // Nobody to be woken yet.
@@ -475,9 +491,13 @@ impl Pool {
 
     /// Takes a connection back that is clean and idle.
     pub(super) fn checkin(self: &Arc<Self>, mut conn: Box<ServerConnection>, now: Instant) {
+        let is_new = conn.last_used == conn.opened;
         conn.last_used = now;
         let (to_close, wake) = {
             let mut state = self.state.lock();
+            if !is_new {
+                state.came_back = Some(now);
+            }
             let oldest = state.waiters.oldest();
             let elsewhere = self.budget.contended()
                 && now.duration_since(conn.opened) >= self.budget.quantum()
@@ -506,7 +526,8 @@ impl Pool {
         }
     }
 
-    /// Opens connections for those who wait, as far as pool size and budget allow.
+    /// Opens connections for those who wait, as far as pool size and budget allow, unless others are likely to be back
+    /// before.
     fn serve(self: &Arc<Self>) {
         loop {
             let (since, ticket) = {
@@ -529,6 +550,14 @@ impl Pool {
                         return;
                     }
                     continue;
+                }
+                let now = Instant::now();
+                let at = state.opens_at(self.budget.patience(), now);
+                if at > now {
+                    if !std::mem::replace(&mut state.grows, true) {
+                        self.worker.spawn(grow(Arc::downgrade(self), at));
+                    }
+                    return;
                 }
                 let position = state.connecting;
                 match state.waiters.first_without_turn(position) {
@@ -576,11 +605,18 @@ impl Pool {
         settings: &Arc<Settings>,
         began: Instant,
     ) {
-        self.state.lock().connecting -= 1;
+        let now = Instant::now();
+        {
+            let mut state = self.state.lock();
+            state.connecting -= 1;
+            state.pressed_since = Some(now);
+            if let Ok(conn) = &result {
+                state.welcome.note(&conn.settings, &conn.params);
+            }
+        }
         match result {
             Ok(conn) => {
-                self.state.lock().welcome.note(&conn.settings, &conn.params);
-                self.checkin(conn, Instant::now());
+                self.checkin(conn, now);
                 self.serve();
             }
             Err(error) => self.login_failed(error, settings, began),
@@ -742,6 +778,24 @@ impl State {
         MIN_AT_ONCE.max((self.open - self.connecting.min(self.open)) / 16)
     }
 
+    /// When the next login for those who wait may begin. At once if no client could give a connection back. Where they do
+    /// give them back, one of those is there before a new one would be: then only for who has waited long, or, one at a
+    /// time, if somebody has been waiting all the time, as where clients never pause.
+    fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
+        let lent = self.open.saturating_sub(self.connecting + self.idle.len());
+        let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
+        // Nobody has a connection with these settings.
+        if lent == 0 || self.welcome.get(&next.settings).is_none() {
+            return now;
+        }
+        let none_comes = (came_back + patience).max(next.since + AT_LEAST);
+        let soonest = none_comes.min(next.since + patience * WAITED_LONG);
+        match self.pressed_since {
+            Some(since) if self.connecting == 0 => soonest.min(since + patience * NEVER_PAUSED),
+            _ => soonest,
+        }
+    }
+
     fn idle_at(&self, settings: &Arc<Settings>) -> Option<usize> {
         let same = |conn: &ServerConnection| Arc::ptr_eq(&conn.settings, settings) || conn.settings == *settings;
         self.idle.iter().rposition(|conn| same(conn))
@@ -850,6 +904,14 @@ async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
             None => return,
         }
     }
+}
+
+/// Looks again whether those who wait need more connections: one task per pool, while anybody waits.
+async fn grow(pool: Weak<Pool>, at: Instant) {
+    tokio::time::sleep_until(at).await;
+    let Some(pool) = pool.upgrade() else { return };
+    pool.state.lock().grows = false;
+    pool.serve();
 }
 
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {

@@ -53,6 +53,9 @@ const GRACE_IN_LOGINS: u32 = 4;
 const MIN_GRACE: Duration = Duration::from_millis(10);
 const MAX_GRACE: Duration = Duration::from_millis(250);
 
+/// See [`Budget::patience`].
+const LONGEST_PATIENCE: Duration = Duration::from_millis(50);
+
 /// How much of a tenant's time with a connection the budget allows per connection: with `n` connections one comes of
 /// age every 50 ms, which bounds both the logins (20 a second) and the newcomer's wait.
 const SHARE: Duration = Duration::from_millis(50);
@@ -185,6 +188,12 @@ impl Budget {
     /// How long an idle connection counts as in use.
     fn grace(&self) -> Duration {
         grace(Duration::from_micros(self.login.load(Ordering::Relaxed)))
+    }
+
+    /// A pool to which no connection has come back for so long has none that is worth waiting for: it is used as long as
+    /// an idle one counts as in use.
+    pub(super) fn patience(&self) -> Duration {
+        self.grace().min(LONGEST_PATIENCE)
     }
 
     /// Whether an idle connection may be closed for somebody else.

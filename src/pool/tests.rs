@@ -1,4 +1,4 @@
-use tokio::io::DuplexStream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
 use super::*;
 use crate::config::Config;
@@ -38,6 +38,95 @@ fn pool() -> (Arc<Pool>, mpsc::UnboundedReceiver<DuplexStream>) {
 
 async fn next(far_ends: &mut mpsc::UnboundedReceiver<DuplexStream>) -> DuplexStream {
     tokio::time::timeout(PATIENCE, far_ends.recv()).await.unwrap().unwrap()
+}
+
+/// Lets whoever has dialled log in.
+async fn let_in(far: &mut DuplexStream) {
+    assert!(far.read(&mut [0; 1024]).await.unwrap() > 0);
+    let mut said = b"R\0\0\0\x08\0\0\0\0".to_vec();
+    for (name, value) in [("session_authorization", "client_001"), ("is_superuser", "off")] {
+        let body = format!("{name}\0{value}\0");
+        said.push(b'S');
+        said.extend(u32::try_from(body.len() + 4).unwrap().to_be_bytes());
+        said.extend(body.as_bytes());
+    }
+    said.extend(b"K\0\0\0\x0c\0\0\0\x01\0\0\0\x02Z\0\0\0\x05I");
+    far.write_all(&said).await.unwrap();
+}
+
+async fn lent(wait: Wait) -> Lease {
+    tokio::time::timeout(PATIENCE, wait).await.unwrap().0.unwrap().unwrap()
+}
+
+fn give_back(lease: Lease) {
+    lease.release(lease::CheckIn::Clean, PATIENCE, Instant::now());
+}
+
+#[tokio::test]
+async fn a_pool_whose_connections_do_not_come_back_grows() {
+    let (pool, mut far_ends) = pool();
+    let wait = || pool.wait(&Arc::default(), &"".into(), Duration::ZERO);
+    let first = wait();
+    let mut fars = vec![next(&mut far_ends).await];
+    let_in(&mut fars[0]).await;
+    let lease = lent(first).await;
+    let came_back = Instant::now();
+    give_back(lease);
+    let mut leases = vec![lent(wait()).await];
+    // One that has come back just now is waited for, and no longer: nobody else has to come for that.
+    let waits = [wait(), wait(), wait()];
+    fars.push(next(&mut far_ends).await);
+    assert!(came_back.elapsed() >= pool.budget.patience(), "{:?}", came_back.elapsed());
+    // Then it is known that none does. The others are there as soon as logins allow, and so are those who come later.
+    fars.push(next(&mut far_ends).await);
+    for far in &mut fars[1..] {
+        let_in(far).await;
+    }
+    fars.push(next(&mut far_ends).await);
+    let_in(&mut fars[3]).await;
+    for wait in waits {
+        leases.push(lent(wait).await);
+    }
+    let one_more = wait();
+    fars.push(next(&mut far_ends).await);
+    let_in(&mut fars[4]).await;
+    leases.push(lent(one_more).await);
+}
+
+#[tokio::test]
+async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
+    let (known, ms) = (Arc::<Settings>::default(), Duration::from_millis);
+    let (start, patience) = (Instant::now(), ms(10));
+    let at = |after: u64| start + ms(after);
+    // Three connections, of which one came back after 100 ms; when the next login begins for who has come at `since`.
+    let pool = |settings: &Arc<Settings>, since: u64, change: fn(&mut State)| {
+        let mut state = State { open: 3, came_back: Some(at(100)), ..State::default() };
+        state.welcome.note(&known, &Arc::default());
+        for _ in 0..2 {
+            state.waiters.join(Place::new(settings, &"".into(), at(since), None));
+        }
+        change(&mut state);
+        state.opens_at(patience, at(105)).duration_since(start)
+    };
+    // Not before it is clear that none comes back.
+    assert_eq!(pool(&known, 101, |_| {}), ms(110));
+    // Who comes then waits until what has arrived is read.
+    assert_eq!(pool(&known, 112, |_| {}), ms(112) + AT_LEAST);
+    // Who has waited for long, though connections come and go.
+    assert_eq!(pool(&known, 88, |_| {}), ms(108));
+    // If there was always somebody who waited, one at a time.
+    let pressed = |state: &mut State| state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(32));
+    assert_eq!(pool(&known, 99, pressed), ms(108));
+    let and_connects = |state: &mut State| {
+        state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(32));
+        state.connecting = 1;
+    };
+    assert_eq!(pool(&known, 99, and_connects), ms(110));
+    // At once, if nobody has one that could come back, or one like that.
+    assert_eq!(pool(&known, 104, |state| state.open = 0), ms(105));
+    assert_eq!(pool(&known, 104, |state| state.came_back = None), ms(105));
+    let others = Arc::new(vec![("work_mem".to_owned(), "64kB".to_owned())]);
+    assert_eq!(pool(&others, 104, |_| {}), ms(105));
 }
 
 #[tokio::test]

@@ -122,19 +122,38 @@ impl Relay {
         }
     }
 
-    /// Whether the request at hand is a statement that ends its own transaction and cannot know about channels.
+    /// Whether the request at hand is of statements that end their own transaction and cannot know about channels. Judged is
+    /// what has arrived of it, usually all of the group.
     fn is_plain(&self) -> bool {
-        let unseen = self.up.unseen();
-        let Ok(Some(header)) = frame::header(unseen) else { return false };
-        let Some(body) = unseen.get(HEADER..header.total) else { return false };
-        let text = match header.tag {
-            b'Q' => body,
-            // An unnamed statement, usually all of the group.
-            b'P' if body.first() == Some(&0) => &body[1..],
-            _ => return false,
-        };
-        let text = until_nul(text);
-        !scan::leaves_state(text) && !scan::may_begin(text)
+        let is_plain = |text: &[u8]| !scan::leaves_state(text) && !scan::may_begin(text);
+        let (mut rest, mut parsed) = (self.up.unseen(), Vec::new());
+        while let Ok(Some(header)) = frame::header(rest) {
+            let Some(body) = rest.get(HEADER..header.total) else { return false };
+            rest = &rest[header.total..];
+            match header.tag {
+                b'Q' => return is_plain(until_nul(body)),
+                b'P' => {
+                    let name = until_nul(body);
+                    let text = body.get(name.len() + 1..).unwrap_or_default();
+                    if !is_plain(until_nul(text)) {
+                        return false;
+                    }
+                    parsed.push(name);
+                }
+                b'B' => {
+                    let portal = until_nul(body);
+                    let name = until_nul(body.get(portal.len() + 1..).unwrap_or_default());
+                    if !parsed.contains(&name) && !self.session.text_of(name).is_some_and(is_plain) {
+                        return false;
+                    }
+                    parsed.push(name);
+                }
+                b'D' | b'E' | b'C' | b'H' if !parsed.is_empty() => {}
+                b'S' if !parsed.is_empty() => return true,
+                _ => return false,
+            }
+        }
+        !parsed.is_empty()
     }
 
     /// After a transaction: brings what the client listens to in line with what its server connection does. `listed` is

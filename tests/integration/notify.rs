@@ -375,6 +375,69 @@ async fn a_statement_that_is_run_in_a_later_group_is_noticed() {
     assert_eq!(next(&mut client).await, (sender.pid, "jobs x".to_owned()));
 }
 
+/// A client that listens and runs statements that know nothing of channels has its server connection as it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_is_prepared_by_name_costs_a_listening_client_nothing_more() {
+    let world = auto(|_| {}).await;
+    let mut client = world.raw("client_001").await;
+    let own = client.pid;
+    ok(&mut client, "LISTEN jobs").await;
+    for (name, text) in
+        [("say", "NOTIFY jobs, 'x'"), ("hear", "LISTEN more"), ("leave", "UNLISTEN more"), ("one", "SELECT 1")]
+    {
+        client
+            .compose(|b| {
+                b.parse(name, text);
+                b.describe(b'S', name);
+                b.sync();
+            })
+            .await;
+        client.until_ready().await;
+    }
+    // What the client's server connection did last.
+    let last = "usename = 'client_001' AND application_name <> 'pgusher listener' AND query";
+    let listens = "SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c";
+    for (group, heard, last_said, channels) in [
+        (&["say"][..], 1, "NOTIFY jobs, 'x'", "jobs"),
+        (&["one", "say"], 1, "NOTIFY jobs, 'x'", "jobs"),
+        (&["hear"], 0, "", "jobs,more"),
+        (&["say"], 1, "NOTIFY jobs, 'x'", "jobs,more"),
+        (&["one", "leave"], 0, "", "jobs"),
+        (&["say", "one"], 1, "SELECT 1", "jobs"),
+    ] {
+        client
+            .compose(|b| {
+                for name in group {
+                    b.bind("", name, &[]);
+                    b.execute("");
+                }
+                b.sync();
+            })
+            .await;
+        let said = client.until_ready().await;
+        assert_eq!(notes(&said), vec![(own, "jobs x".to_owned()); heard], "{group:?}: {}", show(&said));
+        if !last_said.is_empty() {
+            let last_said = last_said.replace('\'', "''");
+            let count = format!("SELECT count(*) FROM pg_stat_activity WHERE {last} = '{last_said}'");
+            assert_eq!(world.admin_value(&count).await, 1, "{group:?} {last_said}");
+        }
+        assert_eq!(client.value(listens).await, channels, "{group:?}");
+    }
+    // Nor does an unnamed one hide what is behind it.
+    client
+        .compose(|b| {
+            for text in ["SELECT 1", "UNLISTEN jobs"] {
+                b.parse("", text);
+                b.bind("", "", &[]);
+                b.execute("");
+            }
+            b.sync();
+        })
+        .await;
+    client.until_ready().await;
+    assert_eq!(client.value("SELECT count(*) FROM pg_listening_channels()").await, "0");
+}
+
 /// A driver's own idea of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_driver_gets_its_notifications() {
