@@ -36,6 +36,9 @@ pub type Channels = BTreeSet<Box<str>>;
 /// How long a client that listens waits for the tenant's listener to have a connection; then it keeps its own.
 const WAIT: Duration = Duration::from_secs(1);
 
+/// How long the listener waits for a connection, and who holds none for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// How long the server may take to answer the listener.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -124,11 +127,42 @@ impl Pool {
         if self.limits.default_pool_size < 2 {
             return None;
         }
+        self.subscribe(client, signals, (settings, encoding), channels, WAIT).await
+    }
+
+    /// Before a client that is going to listen has a connection: lets the tenant's listener have one, and keep it while the
+    /// result lives. If many begin together, each holding a connection of its own, there is none left for it. Not where the
+    /// last one is free: the client can listen on that, and the listener could do nothing for it.
+    pub async fn listener_first(
+        self: &Arc<Self>,
+        client: u64,
+        signals: &Arc<Signals>,
+        place: (&Settings, &str),
+    ) -> Option<Subscription> {
+        let free = {
+            let state = self.state.lock();
+            self.limits.default_pool_size.saturating_sub(state.open) + state.idle.len()
+        };
+        if self.limits.default_pool_size < 2 || free == 1 {
+            return None;
+        }
+        // Under a number that no client has.
+        self.subscribe(!client, signals, place, Channels::new(), PATIENCE).await
+    }
+
+    async fn subscribe(
+        self: &Arc<Self>,
+        client: u64,
+        signals: &Arc<Signals>,
+        (settings, encoding): (&Settings, &str),
+        channels: Channels,
+        patience: Duration,
+    ) -> Option<Subscription> {
         let settings = settings.iter().filter(|(name, _)| name == DATABASE).cloned().collect();
         let listener = self.listener(&Place { settings: Arc::new(settings), encoding: encoding.into() });
         listener.put(client, signals, &channels);
         let subscription = Subscription { listener, client, channels };
-        subscription.sync(WAIT).await.then_some(subscription)
+        subscription.sync(patience).await.then_some(subscription)
     }
 
     fn listener(self: &Arc<Self>, place: &Place) -> Arc<Listener> {
@@ -312,7 +346,7 @@ impl Listener {
 
     async fn connect<'a>(&self, pool: &'a Arc<Pool>) -> Result<Ear<'a>, String> {
         let name = Arc::from("pgusher listener");
-        let lease = pool.checkout(&self.place.settings, &name, WAIT).await;
+        let lease = pool.checkout(&self.place.settings, &name, PATIENCE).await;
         let mut lease = lease.map_err(|error| format!("{error:?}"))?;
         let conn = lease.conn();
         // It may have been used: and what it inherits of its role's settings must not close it.

@@ -349,6 +349,10 @@ impl Relay {
             if let Err(error) = self.route() {
                 return End::Told(error);
             }
+            let _listener = match self.begins_to_listen() {
+                true => Box::pin(self.listener_first()).await.map(Box::new),
+                false => None,
+            };
             let lease = match self.pool.try_checkout(&self.client.settings, self.may_stay()) {
                 Some(lease) => lease,
                 None => match self.checkout().await {

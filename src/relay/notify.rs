@@ -122,6 +122,35 @@ impl Relay {
         }
     }
 
+    /// Whether the request at hand is a `LISTEN`, of a client that does not listen yet.
+    #[inline]
+    pub(super) fn begins_to_listen(&self) -> bool {
+        if self.ears.is_some() || self.client.rules.pool_mode != PoolMode::Auto {
+            return false;
+        }
+        let unseen = self.up.unseen();
+        let Ok(Some(header)) = frame::header(unseen) else { return false };
+        let body = &unseen[HEADER..unseen.len().min(header.total)];
+        let text = match header.tag {
+            b'Q' => Some(body),
+            b'P' => frame::cstr(body).map(|(_, rest)| rest),
+            _ => None,
+        };
+        // One look at the first letter for all others.
+        let may = |text: &[u8]| !text.first().is_some_and(|b| b.is_ascii_alphabetic() && b | 0x20 != b'l');
+        text.is_some_and(|text| may(text) && scan::begins_with(until_nul(text), b"listen"))
+    }
+
+    /// See [`Pool::listener_first`].
+    pub(super) fn listener_first(&self) -> impl Future<Output = Option<Subscription>> + Send + use<> {
+        let (pool, id, signals) = (self.pool.clone(), self.client.id, self.client.signals.clone());
+        let (settings, params) = (self.client.settings.clone(), self.client.params.clone());
+        async move {
+            let encoding = params.get("client_encoding").unwrap_or("UTF8");
+            pool.listener_first(id, &signals, (&settings, encoding)).await
+        }
+    }
+
     /// Whether the request at hand is of statements that end their own transaction and cannot know about channels. Judged is
     /// what has arrived of it, usually all of the group.
     fn is_plain(&self) -> bool {

@@ -296,6 +296,48 @@ async fn without_room_for_a_listener_the_client_keeps_its_connection() {
     assert_eq!(notes(&ok(&mut client, "NOTIFY jobs, 'x'").await), []);
 }
 
+/// As many clients at once as there are server connections: each would have one, and wait for another to listen for all.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_begin_to_listen_together_do_not_take_all_connections() {
+    let world = auto(|config| config.pool.default_pool_size = 3).await;
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(world.raw("client_001").await);
+    }
+    let listening = clients.iter_mut().enumerate().map(async |(n, client)| {
+        if n % 2 == 0 {
+            ok(client, "LISTEN jobs").await;
+            return;
+        }
+        client
+            .compose(|b| {
+                b.parse("", "listen jobs");
+                b.bind("", "", &[]);
+                b.execute("");
+                b.sync();
+            })
+            .await;
+        assert_eq!(show(&client.until_ready().await), "1 2 C(LISTEN) Z(I)");
+    });
+    futures_util::future::join_all(listening).await;
+    assert_eq!(world.metric("pgusher_pinned_clients{reason=\"listen\"}").await, 0.0);
+    let mut sender = world.raw("client_001").await;
+    ok(&mut sender, "NOTIFY jobs, 'x'").await;
+    for client in &mut clients {
+        assert_eq!(next(client).await, (sender.pid, "jobs x".to_owned()));
+    }
+    // Nobody listens any more: all connections are for others again.
+    for client in clients {
+        client.terminate().await;
+    }
+    let mut holders = Vec::new();
+    for _ in 0..3 {
+        let mut holder = world.raw("client_001").await;
+        ok(&mut holder, "BEGIN").await;
+        holders.push(holder);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_listen_inside_a_function_keeps_the_connection() {
     let world = auto(|_| {}).await;
