@@ -222,7 +222,7 @@ impl Registry {
     pub fn used_in(&self, statement: &Statement, scope: &str) -> Option<Arc<Statement>> {
         let home = statement.scope();
         let place = scope::used_in(home, scope);
-        if statement.apart || !statement.has_scope() || *place == *statement.place() {
+        if statement.apart || *place == *statement.place() || !statement.has_scope() {
             return None;
         }
         let found = self.intern(&place, statement.body(), || statement.residue.clone());

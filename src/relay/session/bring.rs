@@ -87,8 +87,12 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) {
-        let apart = !self.open_group && self.is_elsewhere(statement) && !link.prepared.touch(statement.id);
-        self.bring_one(statement, max, link, out);
+        // Nearly always it is there, and nothing else has to be asked.
+        if link.prepared.touch(statement.id) {
+            return;
+        }
+        let apart = !self.open_group && self.is_elsewhere(statement);
+        self.bring_missing(statement, max, link, out);
         if apart {
             message::sync(out);
             self.expects.push_back(Expect::InjectedSync);
@@ -97,9 +101,12 @@ impl Session {
     }
 
     fn bring_one(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
-        if link.prepared.touch(statement.id) {
-            return;
+        if !link.prepared.touch(statement.id) {
+            self.bring_missing(statement, max, link, out);
         }
+    }
+
+    fn bring_missing(&mut self, statement: &Arc<Statement>, max: usize, link: &mut Link<'_>, out: &mut BytesMut) {
         self.make_room(statement, max, link, out);
         let elsewhere = self.is_elsewhere(statement);
         let moved = if elsewhere { self.moves(statement.scope()) } else { Vec::new() };
