@@ -84,7 +84,7 @@ async fn make_clean(
         Ok(Ok(())) if conn.is_itself() => {
             if check_in == CheckIn::Reset {
                 conn.prepared.clear();
-                conn.prepared.sequences_of = None;
+                conn.prepared.forget_sequences();
                 conn.applied = conn.slot.pool().intern_carried(Arc::default());
             }
             Some(conn)

@@ -130,24 +130,33 @@ impl Pool {
         self.subscribe(client, signals, (settings, encoding), channels, WAIT).await
     }
 
-    /// Before a client that is going to listen has a connection: lets the tenant's listener have one, and keep it while the
-    /// result lives. If many begin together, each holding a connection of its own, there is none left for it. Not where the
-    /// last one is free: the client can listen on that, and the listener could do nothing for it.
+    /// Before a client that is going to listen has a connection: lets the tenant's listener have one, and keep it for a while,
+    /// until the client has its own, too. If many begin together, each holding a connection of its own, there is none left for
+    /// it. For a while only: where there is one for the listener and none for the client, nobody would get any further. Not
+    /// where the last one is free: the client can listen on that, and the listener could do nothing for it. Who waits holds
+    /// nothing, at most as long as it may wait for a connection (zero: for ever). Cancel safe.
     pub async fn listener_first(
         self: &Arc<Self>,
         client: u64,
         signals: &Arc<Signals>,
         place: (&Settings, &str),
-    ) -> Option<Subscription> {
+        query_wait_timeout: Duration,
+    ) {
         let free = {
             let state = self.state.lock();
             self.limits.default_pool_size.saturating_sub(state.open) + state.idle.len()
         };
         if self.limits.default_pool_size < 2 || free == 1 {
-            return None;
+            return;
         }
+        let patience = if query_wait_timeout.is_zero() { PATIENCE } else { query_wait_timeout.min(PATIENCE) };
         // Under a number that no client has.
-        self.subscribe(!client, signals, place, Channels::new(), PATIENCE).await
+        if let Some(kept) = self.subscribe(!client, signals, place, Channels::new(), patience).await {
+            self.worker.spawn(async move {
+                tokio::time::sleep(WAIT).await;
+                drop(kept);
+            });
+        }
     }
 
     async fn subscribe(
@@ -299,7 +308,8 @@ impl Listener {
         let mut state = self.state.lock();
         state.ended = true;
         state.fail_errands();
-        for client in state.clients.values() {
+        // Who has no channels does not listen yet, and goes where the tenant is.
+        for client in state.clients.values().filter(|client| !client.channels.is_empty()) {
             let error =
                 PgError::fatal(sqlstate::ADMIN_SHUTDOWN, "terminating connection: the tenant's home has changed")
                     .detail("The connection was listening for notifications.");
@@ -361,6 +371,7 @@ impl Listener {
         let done = tokio::time::timeout(ANSWER, conn.simple_queries(&ready)).await;
         done.map_err(|_| "no answer".to_owned())?.map_err(|error| error.to_string())?;
         conn.prepared.clear();
+        conn.prepared.forget_sequences();
         pool.faces().notified.listeners.fetch_add(1, Ordering::Relaxed);
         Ok(Ear {
             pool,

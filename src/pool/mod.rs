@@ -80,7 +80,7 @@ pub struct Pools {
     metrics: Arc<Metrics>,
     statement_ids: Arc<AtomicU64>,
     questions: Questions,
-    /// Tenants without a pool at present whose clients ask for the state of sequences; see [`Registry::asks`].
+    /// Tenants whose clients ask for the state of sequences, also when they have no pool at present; see [`Registry::asks`].
     asking: DashSet<TenantId>,
 }
 
@@ -302,12 +302,12 @@ impl Pools {
         let limits = self.limits.load();
         for pool in self.live() {
             pool.close_expired(now, limits.server_idle_timeout);
+            if pool.statements.asks() && !self.asking.contains(&pool.tenant.id) {
+                self.asking.insert(pool.tenant.id.clone());
+            }
             let removed =
                 self.pools.remove_if(&pool.tenant.id, |_, held| Arc::ptr_eq(held, &pool) && pool.retire_if_empty());
             if removed.is_some() {
-                if pool.statements.asks() {
-                    self.asking.insert(pool.tenant.id.clone());
-                }
                 pool.budget.leave(&pool);
             }
         }
@@ -496,7 +496,8 @@ impl Pool {
         let (to_close, wake) = {
             let mut state = self.state.lock();
             if !is_new {
-                state.came_back = Some(now);
+                // A client that has kept it for a while gives it back as of when it was idle.
+                state.came_back = state.came_back.max(Some(now));
             }
             let oldest = state.waiters.oldest();
             let elsewhere = self.budget.contended()
@@ -784,7 +785,7 @@ impl State {
     fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
         let lent = self.open.saturating_sub(self.connecting + self.idle.len());
         let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
-        // Nobody has a connection with these settings.
+        // Nobody has had a connection with these settings.
         if lent == 0 || self.welcome.get(&next.settings).is_none() {
             return now;
         }
@@ -906,7 +907,7 @@ async fn end_waits(pool: Weak<Pool>, mut at: Instant) {
     }
 }
 
-/// Looks again whether those who wait need more connections: one task per pool, while anybody waits.
+/// Looks again whether those who wait need more connections, once; never two for a pool at a time.
 async fn grow(pool: Weak<Pool>, at: Instant) {
     tokio::time::sleep_until(at).await;
     let Some(pool) = pool.upgrade() else { return };

@@ -64,7 +64,7 @@ impl Params {
     /// Whether these are `others` [with](Params::with) one value changed. Says no where `others` do not have that name.
     pub fn are(&self, others: &Self, name: &str, value: &str) -> bool {
         let expected = others.iter().map(|(have, old)| (have, if have == name { value } else { old }));
-        self.values.len() == others.values.len() && self.iter().eq(expected)
+        self.get(name) == Some(value) && self.values.len() == others.values.len() && self.iter().eq(expected)
     }
 
     /// Appends a ParameterStatus for each of them, in order.
@@ -139,7 +139,10 @@ mod tests {
         assert!(!named.are(&server, "application_name", "b") && !named.are(&server, "TimeZone", "UTC"));
         let elsewhere = named.with("TimeZone", "PST8PDT");
         assert!(!elsewhere.are(&server, "application_name", "a"));
-        assert!(!server.with("DateStyle", "ISO").are(&server, "DateStyle", "ISO"));
+        assert!(
+            !server.are(&server, "DateStyle", "ISO")
+                && !server.with("DateStyle", "ISO").are(&server, "DateStyle", "ISO")
+        );
     }
 
     #[test]

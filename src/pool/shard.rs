@@ -44,6 +44,8 @@ struct State {
     queue: VecDeque<Turn>,
     /// Whether a task looks for connections that fall idle while others wait.
     watched: bool,
+    /// When a client was last asked to give way.
+    called: Option<Instant>,
 }
 
 /// An idle connection that was used more recently than this counts as in use: for so many times what a login takes at
@@ -221,11 +223,16 @@ impl Budget {
         evicted.is_some()
     }
 
-    /// Has a client give way that keeps its connection for nothing but the state of sequences, unless one is doing that.
+    /// Has a client give way that keeps its connection for nothing but the state of sequences. One at a time: what the last one
+    /// has given up may go to who waits, as soon as it does not count as used any more.
     fn call_keeper(&self) {
         let (Some(waiting), now) = (self.oldest(), Instant::now()) else { return };
+        if self.state.lock().called.is_some_and(|called| now.duration_since(called) < self.grace() + MIN_GRACE) {
+            return;
+        }
         let resting = |pool: Arc<Pool>| pool.resting_keeper(waiting, now).map(|since| (since, pool));
         if let Some((_, pool)) = self.pools().into_iter().filter_map(resting).min_by_key(|(since, _)| *since) {
+            self.state.lock().called = Some(now);
             pool.call_keeper(waiting, now);
         }
     }

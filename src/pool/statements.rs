@@ -290,7 +290,7 @@ pub struct Prepared {
 /// an earlier one is not what it did last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stay {
-    /// The client.
+    /// The client; 0 is nobody.
     pub client: u64,
     /// Counted from 1; 0 is none.
     pub number: u64,
@@ -318,6 +318,17 @@ pub struct UnnamedOwner {
 }
 
 impl Prepared {
+    /// `currval` and `lastval` say nothing any more.
+    pub fn forget_sequences(&mut self) {
+        (self.sequences_of, self.sequences_mixed) = (None, false);
+    }
+
+    /// They may still say what somebody has done before: letting the session forget it has failed.
+    pub fn doubt_sequences(&mut self) {
+        self.sequences_of.get_or_insert(Stay { client: 0, number: 0 });
+        self.sequences_mixed = true;
+    }
+
     /// Whether the statement is there; if so it counts as used now.
     #[inline]
     pub fn touch(&mut self, id: u64) -> bool {

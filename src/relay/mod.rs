@@ -349,10 +349,13 @@ impl Relay {
             if let Err(error) = self.route() {
                 return End::Told(error);
             }
-            let _listener = match self.begins_to_listen() {
-                true => Box::pin(self.listener_first()).await.map(Box::new),
-                false => None,
-            };
+            if self.begins_to_listen() {
+                match Box::pin(self.listener_first()).await {
+                    Ok(true) => {}
+                    Ok(false) => continue,
+                    Err(end) => return end,
+                }
+            }
             let lease = match self.pool.try_checkout(&self.client.settings, self.may_stay()) {
                 Some(lease) => lease,
                 None => match self.checkout().await {
@@ -489,11 +492,18 @@ impl Relay {
                 Ok(Err(CheckoutError::Failed(error))) => {
                     return Box::pin(self.refuse_request(error)).await.map(|()| None);
                 }
-                Err(Signal::Kill(reason) | Signal::Drain(reason)) => return Err(End::Told(reason)),
-                Err(Signal::CancelWait) => {
-                    let error = PgError::error(sqlstate::QUERY_CANCELED, "canceling statement due to user request");
-                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
-                }
+                Err(signal) => return self.stop_waiting(signal).await.map(|()| None),
+            }
+        }
+    }
+
+    /// A signal came while the client waited for a server connection: it goes, or its request is answered with an error.
+    async fn stop_waiting(&mut self, signal: Signal) -> Result<(), End> {
+        match signal {
+            Signal::Kill(reason) | Signal::Drain(reason) => Err(End::Told(reason)),
+            Signal::CancelWait => {
+                let error = PgError::error(sqlstate::QUERY_CANCELED, "canceling statement due to user request");
+                Box::pin(self.refuse_request(error)).await
             }
         }
     }

@@ -6,6 +6,7 @@
 //! own among them.
 
 use std::fmt::Write as _;
+use std::pin::pin;
 
 use super::*;
 use crate::client::signals::Letter;
@@ -92,7 +93,7 @@ impl Relay {
     /// ReadyForQuery of several can be held back.
     pub(super) fn must_wait(&self) -> bool {
         let copies = matches!(self.up.unseen().first(), None | Some(b'd' | b'c' | b'f' | b'X'));
-        !copies && self.session.owes_ready()
+        !copies && self.session.owes_ready_to_client()
     }
 
     /// Before a client that listens uses a server connection: lets that listen, too, if what the client says could
@@ -141,18 +142,27 @@ impl Relay {
         text.is_some_and(|text| may(text) && scan::begins_with(until_nul(text), b"listen"))
     }
 
-    /// See [`Pool::listener_first`].
-    pub(super) fn listener_first(&self) -> impl Future<Output = Option<Subscription>> + Send + use<> {
-        let (pool, id, signals) = (self.pool.clone(), self.client.id, self.client.signals.clone());
-        let (settings, params) = (self.client.settings.clone(), self.client.params.clone());
-        async move {
-            let encoding = params.get("client_encoding").unwrap_or("UTF8");
-            pool.listener_first(id, &signals, (&settings, encoding)).await
+    /// See [`Pool::listener_first`]. `Ok(false)`: the request was answered with an error and the client goes on.
+    pub(super) async fn listener_first(&mut self) -> Result<bool, End> {
+        let client = &self.client;
+        let place = (&*client.settings, client.params.get("client_encoding").unwrap_or("UTF8"));
+        let patience = client.rules.query_wait_timeout;
+        let found = {
+            let mut work = pin!(self.pool.listener_first(client.id, &client.signals, place, patience));
+            poll_fn(|cx| match client.signals.poll(cx) {
+                Poll::Ready(signal) => Poll::Ready(Err(signal)),
+                Poll::Pending => work.as_mut().poll(cx).map(Ok),
+            })
+            .await
+        };
+        match found {
+            Ok(()) => Ok(true),
+            Err(signal) => self.stop_waiting(signal).await.map(|()| false),
         }
     }
 
-    /// Whether the request at hand is of statements that end their own transaction and cannot know about channels. Judged is
-    /// what has arrived of it, usually all of the group.
+    /// Whether the request at hand is of statements that end their own transaction and cannot know about channels: all
+    /// of its group, which usually arrives at once.
     fn is_plain(&self) -> bool {
         let is_plain = |text: &[u8]| !scan::leaves_state(text) && !scan::may_begin(text);
         let (mut rest, mut parsed) = (self.up.unseen(), Vec::new());
@@ -178,11 +188,12 @@ impl Relay {
                     parsed.push(name);
                 }
                 b'D' | b'E' | b'C' | b'H' if !parsed.is_empty() => {}
-                b'S' if !parsed.is_empty() => return true,
+                b'S' => return !parsed.is_empty(),
                 _ => return false,
             }
         }
-        !parsed.is_empty()
+        // What has not come yet may be anything.
+        false
     }
 
     /// After a transaction: brings what the client listens to in line with what its server connection does. `listed` is

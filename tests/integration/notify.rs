@@ -338,6 +338,23 @@ async fn clients_that_begin_to_listen_together_do_not_take_all_connections() {
     }
 }
 
+/// One connection is kept by another client, and one is busy: the listener must not take that for good from who wants it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_listener_does_not_keep_a_connection_from_who_is_going_to_listen() {
+    let world = auto(|config| config.pool.default_pool_size = 2).await;
+    let (mut keeper, mut sleeper) = (world.raw("client_001").await, world.raw("client_001").await);
+    ok(&mut keeper, "CREATE TEMP TABLE t (a int)").await;
+    let mut client = world.raw("client_001").await;
+    let busy = tokio::spawn(async move {
+        ok(&mut sleeper, "SELECT pg_sleep(0.5)").await;
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    tokio::time::timeout(Duration::from_secs(20), ok(&mut client, "LISTEN jobs")).await.unwrap();
+    busy.await.unwrap();
+    let own = client.pid;
+    assert_eq!(notes(&ok(&mut client, "NOTIFY jobs, 'x'").await), [(own, "jobs x".to_owned())]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_listen_inside_a_function_keeps_the_connection() {
     let world = auto(|_| {}).await;
@@ -476,6 +493,23 @@ async fn a_statement_that_is_prepared_by_name_costs_a_listening_client_nothing_m
             b.sync();
         })
         .await;
+    client.until_ready().await;
+    assert_eq!(client.value("SELECT count(*) FROM pg_listening_channels()").await, "0");
+    // Nor does it when the rest comes later.
+    ok(&mut client, "LISTEN jobs").await;
+    for (text, ends) in [("SELECT 1", false), ("UNLISTEN jobs", true)] {
+        client
+            .compose(|b| {
+                b.parse("", text);
+                b.bind("", "", &[]);
+                b.execute("");
+                if ends {
+                    b.sync();
+                }
+            })
+            .await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     client.until_ready().await;
     assert_eq!(client.value("SELECT count(*) FROM pg_listening_channels()").await, "0");
 }

@@ -140,6 +140,12 @@ impl Session {
         self.expects.iter().any(ends_by_itself)
     }
 
+    /// Whether it owes one that the client gets: ours are for nobody.
+    pub fn owes_ready_to_client(&self) -> bool {
+        let ours = |e: &Expect| matches!(e, Expect::InjectedSync | Expect::InjectedQuery);
+        self.expects.iter().any(|e| ends_by_itself(e) && !ours(e))
+    }
+
     /// Which of the messages with a statement or its values the server is working on, counted from the last one, which
     /// is 1.
     pub fn statements_owed(&self) -> usize {

@@ -31,6 +31,7 @@ impl Session {
             _ if error.severity == Severity::Fatal => Verdict::Forward,
             // What the client said comes behind it, and fails by itself.
             Some(Expect::InjectedQuery) => {
+                prepared.doubt_sequences();
                 self.note_stream_name(Err(error));
                 Verdict::Swallow
             }
@@ -53,6 +54,10 @@ impl Session {
         if let Some(Expect::ParseUnnamed(failed)) = skipped.first_mut() {
             // Not skipped: a Parse that fails takes away what there was.
             failed.before = None;
+        }
+        if skipped.iter().any(|skipped| matches!(skipped, Expect::InjectedStep(_))) {
+            // It may have been DISCARD SEQUENCES.
+            prepared.doubt_sequences();
         }
         self.failed |= self.expects.is_empty();
         // What was noted last goes first: a name may have been given and taken away.

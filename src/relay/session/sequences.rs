@@ -94,7 +94,7 @@ impl Session {
         message::sync(out);
         self.expects.push_back(Expect::InjectedSync);
         self.open_group = false;
-        (prepared.sequences_of, prepared.sequences_mixed) = (None, false);
+        prepared.forget_sequences();
         Verdict::Ahead
     }
 

@@ -179,7 +179,7 @@ impl Session {
         let last = !self.expects.iter().skip(1).any(|e| matches!(e, Expect::Query(_) | Expect::Execute(_)));
         let discarded = matches!(tag, b"DISCARD ALL" | b"DISCARD SEQUENCES") && last;
         if discarded && prepared.sequences_of == Some(self.stay()) {
-            (prepared.sequences_of, prepared.sequences_mixed) = (None, false);
+            prepared.forget_sequences();
             self.forgot_sequences = matches!(self.expects.front(), Some(Expect::Query(_)));
             self.residue.asks |= self.asks;
         } else {
@@ -197,10 +197,14 @@ impl Session {
         (self.copy_in, self.copy_began) = (end.is_none(), true);
         let upto = end.unwrap_or(self.expects.len());
         let mut at = 0;
+        let mut ends_later = false;
         self.expects.retain(|expect| {
-            let ignored = (at < upto && matches!(expect, Expect::Sync)) || Some(at) == end;
-            at += 1;
+            let sync = at < upto && matches!(expect, Expect::Sync);
+            let ignored = sync || Some(at) == end;
+            (at, ends_later) = (at + 1, ends_later || sync);
             !ignored
         });
+        // The group ends with the next one, behind the COPY.
+        self.open_group |= ends_later && end.is_none();
     }
 }

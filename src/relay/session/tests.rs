@@ -814,3 +814,25 @@ fn the_unnamed_statement_outlives_a_refused_function_call() {
     both.servers(&[ERROR, READY]);
     assert_eq!(both.client(b'B', b"\0\0\0\0\0\0\0\0").0, "PB");
 }
+
+#[test]
+fn a_discard_of_ours_that_failed_is_not_taken_for_done() {
+    let mut both = Both::new(PoolMode::Auto);
+    both.client(b'Q', b"SELECT currval('s')\0");
+    both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+    both.prepared.sequences_of = SOMEBODY_ELSE;
+    assert_eq!(both.client(b'P', b"\0SELECT nextval('s')\0\0\0").0, "CPBECCS");
+    assert!(!both.session.owes_ready_to_client() && both.session.owes_ready());
+    both.client(b'P', b"\0SELECT nextval('s')\0\0\0");
+    both.client(b'B', b"\0\0\0\0\0\0\0\0");
+    both.client(b'S', b"");
+    // Cancelled, by somebody who meant the statement before.
+    assert_eq!(both.servers(&[(b'3', b""), ERROR, READY]), "");
+    both.servers(&[(b'1', b""), (b'2', b""), READY]);
+    assert_eq!(both.client(b'Q', b"SELECT currval('s')\0").0, "QQ", "it is done now");
+    assert_eq!(both.servers(&[ERROR, READY]), "");
+    both.servers(&[(b'C', b"SELECT 1\0"), READY]);
+    assert_eq!(both.client(b'Q', b"SELECT currval('s')\0").0, "QQ");
+    both.servers(&[(b'C', b"DISCARD SEQUENCES\0"), READY, (b'C', b"SELECT 1\0"), READY]);
+    assert_eq!(both.client(b'Q', b"SELECT currval('s')\0").0, "Q");
+}
