@@ -157,7 +157,7 @@ const MIN_AT_ONCE: usize = 2;
 
 /// See [`State::opens_at`]: in the time without a connection that comes back after which none is waited for.
 const WAITED_LONG: u32 = 2;
-const NEVER_PAUSED: u32 = 4;
+const NEVER_PAUSED: u32 = 8;
 
 /// What has come back already and was not yet read is there within this time.
 const AT_LEAST: Duration = Duration::from_millis(2);

@@ -115,10 +115,10 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     // Who has waited for long, though connections come and go.
     assert_eq!(pool(&known, 88, |_| {}), ms(108));
     // If there was always somebody who waited, one at a time.
-    let pressed = |state: &mut State| state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(32));
+    let pressed = |state: &mut State| state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(72));
     assert_eq!(pool(&known, 99, pressed), ms(108));
     let and_connects = |state: &mut State| {
-        state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(32));
+        state.pressed_since = state.came_back.map(|at| at - Duration::from_millis(72));
         state.connecting = 1;
     };
     assert_eq!(pool(&known, 99, and_connects), ms(110));
