@@ -19,6 +19,14 @@ const fn patience(claim: Claim) -> Duration {
     })
 }
 
+/// Those who have asked before, and so ask again, are not called sooner: others may rest by then, who have not.
+const fn least(claim: Claim) -> Duration {
+    Duration::from_millis(match claim {
+        Claim::Unused | Claim::New => 0,
+        Claim::Asked | Claim::Due => 1_000,
+    })
+}
+
 /// How much a client would miss its state, from little to much.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Claim {
@@ -98,14 +106,16 @@ impl Keepers {
     pub(super) fn next(&self, waiting: Instant, now: Instant) -> Option<Instant> {
         let idle = self.places.iter().filter(|(_, keeper)| !keeper.called);
         let rested = idle.map(|(_, keeper)| keeper.since + REST).min()?;
-        let patience = [Claim::Unused, Claim::New, Claim::Asked, Claim::Due].map(|claim| waiting + patience(claim));
-        patience.into_iter().chain([rested]).filter(|at| *at > now).min()
+        let claims = [Claim::Unused, Claim::New, Claim::Asked, Claim::Due];
+        let waits = claims.into_iter().flat_map(|claim| [waiting + least(claim), waiting + patience(claim)]);
+        waits.chain([rested]).filter(|at| *at > now).min()
     }
 }
 
 impl Keeper {
     fn is_free(&self, waited: Duration, now: Instant) -> bool {
-        !self.called && (now.duration_since(self.since) >= REST || waited >= patience(self.claim))
+        let rested = now.duration_since(self.since) >= REST && waited >= least(self.claim);
+        !self.called && (rested || waited >= patience(self.claim))
     }
 }
 
@@ -130,12 +140,18 @@ mod tests {
         assert_eq!(keepers.next(at(90), at(99)), Some(at(100)));
         assert_eq!(keepers.resting(at(90), at(120)), Some(at(10)));
         let called = |keepers: &mut Keepers| [early, late, asked, due].map(|key| keepers.is_called(key, waker));
-        for expected in [[true, false, false, false], [true, true, false, false], [true, true, true, false], [true; 4]]
-        {
+        for expected in [[true, false, false, false], [true, true, false, false]] {
             assert!(keepers.call(at(90), at(120)).is_some());
             assert_eq!(called(&mut keepers), expected);
         }
-        assert!(keepers.call(at(90), at(120)).is_none() && keepers.next(at(90), at(120)).is_none());
+        // Those who ask are not called before somebody has waited for a while.
+        assert!(keepers.call(at(90), at(1_089)).is_none());
+        assert_eq!(keepers.next(at(90), at(1_089)), Some(at(1_090)));
+        for expected in [[true, true, true, false], [true; 4]] {
+            assert!(keepers.call(at(90), at(1_090)).is_some());
+            assert_eq!(called(&mut keepers), expected);
+        }
+        assert!(keepers.call(at(90), at(1_090)).is_none() && keepers.next(at(90), at(1_090)).is_none());
         assert_eq!(keepers.called(), 4);
         keepers.leave(asked);
         keepers.leave(asked);
