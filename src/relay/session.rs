@@ -155,7 +155,7 @@ pub struct Session {
     /// It has advanced some in this transaction; and in one before on the same server connection.
     advanced: bool,
     advanced_again: bool,
-    /// The number of the [`Stay`] that it has done so in last.
+    /// The number of the [`Stay`](crate::pool::statements::Stay) that it has done so in last.
     stay: u64,
     /// Something has been changed that prepared statements may depend on, in this transaction.
     altered: bool,
