@@ -87,9 +87,8 @@ impl Keepers {
     /// Calls the one that misses its state least, or has been idle for longest, for somebody who waits since `waiting`.
     /// Returns whom to wake.
     pub(super) fn call(&mut self, waiting: Instant, now: Instant) -> Option<Waker> {
-        let waited = now.duration_since(waiting);
-        let idle = self.places.iter_mut().map(|(_, keeper)| keeper).filter(|keeper| keeper.is_free(waited, now));
-        let keeper = idle.min_by_key(|keeper| (keeper.claim, keeper.since))?;
+        let key = self.next_free(waiting, now)?;
+        let keeper = self.places.get_mut(key)?;
         keeper.called = true;
         self.called += 1;
         Some(keeper.waker.clone())
@@ -97,9 +96,13 @@ impl Keepers {
 
     /// Since when the one is idle that [`Keepers::call`] would call.
     pub(super) fn resting(&self, waiting: Instant, now: Instant) -> Option<Instant> {
+        self.next_free(waiting, now).and_then(|key| self.places.get(key)).map(|keeper| keeper.since)
+    }
+
+    fn next_free(&self, waiting: Instant, now: Instant) -> Option<usize> {
         let waited = now.duration_since(waiting);
-        let idle = self.places.iter().map(|(_, keeper)| keeper).filter(|keeper| keeper.is_free(waited, now));
-        idle.min_by_key(|keeper| (keeper.claim, keeper.since)).map(|keeper| keeper.since)
+        let free = self.places.iter().filter(|(_, keeper)| keeper.is_free(waited, now));
+        free.min_by_key(|(_, keeper)| (keeper.claim, keeper.since)).map(|(key, _)| key)
     }
 
     /// When another one may be free.
