@@ -29,6 +29,7 @@
 //!
 //! There is no global state: one [`server::Shared`] is built in `server.rs` and passed down.
 
+pub mod accept;
 pub mod audit;
 pub mod cli;
 pub mod client;
@@ -43,6 +44,7 @@ pub mod metrics;
 pub mod pool;
 pub mod relay;
 pub mod server;
+pub mod steer;
 pub mod stream;
 pub mod tenant;
 pub mod tls;

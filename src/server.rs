@@ -1,14 +1,13 @@
 //! Builds [`Shared`] from the configuration, binds, accepts, drains.
 //!
-//! Threads: each worker has a runtime of its own on a thread of its own, accepts on a socket of its own
-//! (`SO_REUSEPORT`), and serves the tenants that fall to it. A tenant's clients and server connections live on one
+//! Threads: each worker has a runtime of its own on a thread of its own, accepts in its turn, and serves the tenants that
+//! fall to it. A tenant's clients and server connections live on one
 //! worker, so that nothing on the path of a query crosses threads. The control plane and HTTP run on the runtime that
 //! called [`Server::start`].
 
 use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,17 +16,18 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accept::{Acceptor, Listening};
 use crate::client::auth::MockSecret;
 use crate::client::sessions::Sessions;
 use crate::client::tls::ServerTls;
 use crate::config::{AuthType, Config};
-use crate::connection::{self, Admitted, Peer};
+use crate::connection::{self, Admitted};
 use crate::control::canary::Front;
 use crate::control::{Control, ControlError, Traffic, api};
 use crate::directory::Directory;
@@ -41,7 +41,8 @@ use crate::pool::tls::ClientTls;
 use crate::pool::{Limits, Pools, Settings};
 use crate::relay::looks::Looks;
 use crate::relay::{Rules, Worker};
-use crate::stream::{Buffers, Socket, Stream};
+use crate::steer::Steer;
+use crate::stream::Buffers;
 use crate::tenant::TenantId;
 use crate::tenant::identify::{self, InvalidRegex};
 use crate::tls::TlsError;
@@ -107,6 +108,7 @@ pub struct Shared {
     /// Startup settings in use.
     pub settings: Interner,
     workers: Vec<Serving>,
+    steer: Steer,
     hasher: ahash::RandomState,
     next_client: AtomicU64,
     /// Cancelled when a shutdown begins.
@@ -154,20 +156,32 @@ impl Shared {
         self.stopping.clone()
     }
 
-    /// Who serves a tenant.
-    fn worker_of(&self, id: &TenantId) -> Option<&Serving> {
-        let at = self.hasher.hash_one(id.as_str()) % self.workers.len() as u64;
-        self.workers.get(usize::try_from(at).ok()?)
+    /// The number of the worker that serves a tenant.
+    fn place_of(&self, id: &TenantId) -> usize {
+        let at = self.hasher.hash_one(id.as_str()) % self.workers.len().max(1) as u64;
+        usize::try_from(at).unwrap_or_default()
+    }
+
+    /// A worker's runtime.
+    pub fn handle(&self, worker: usize) -> Option<&Handle> {
+        self.workers.get(worker).map(|serving| &serving.handle)
+    }
+
+    /// The worker that accepts next, when this one has accepted so many in its turn.
+    pub fn next_to_accept(&self, worker: usize, accepted: u64) -> usize {
+        self.steer.next(worker, accepted, self.workers.len())
     }
 
     /// Whether the calling thread is the one that serves the tenant.
     pub fn is_here(&self, id: &TenantId) -> bool {
-        self.worker_of(id).is_some_and(|serving| serving.thread == std::thread::current().id())
+        self.workers.get(self.place_of(id)).is_some_and(|serving| serving.thread == std::thread::current().id())
     }
 
     /// Has a logged-in client served by its tenant's worker.
     pub fn hand_over(self: &Arc<Self>, admitted: Admitted) {
-        let Some(Serving { handle, worker, .. }) = self.worker_of(admitted.tenant_id()) else { return };
+        let at = self.place_of(admitted.tenant_id());
+        self.steer.note(at);
+        let Some(Serving { handle, worker, .. }) = self.workers.get(at) else { return };
         handle.spawn(connection::serve(admitted, self.clone(), worker.clone()));
     }
 }
@@ -407,6 +421,7 @@ fn build(
         mock: MockSecret::new(config.provision.master_secret.expose().as_bytes()),
         settings: Interner::default(),
         workers,
+        steer: Steer::default(),
         hasher: ahash::RandomState::new(),
         next_client: 1.into(),
         stopping: CancellationToken::new(),
@@ -453,29 +468,26 @@ fn cannot_listen(address: impl ToString) -> impl FnOnce(io::Error) -> ServeError
     move |source| ServeError::Listen { address, source }
 }
 
-/// Every worker listens on every address.
 fn listen(
     config: &Config,
     shared: &Arc<Shared>,
     stop: &CancellationToken,
-    acceptors: &TaskTracker,
+    tasks: &TaskTracker,
 ) -> Result<Addresses, ServeError> {
     let mut addresses = Addresses { proxy: Vec::new(), unix: None, api: None, metrics: None };
-    for mut address in tcp_addresses(&config.proxy.listen_addr, config.proxy.listen_port)? {
-        for Serving { handle, .. } in &shared.workers {
-            let _inside = handle.enter();
-            let listener = tcp_listener(address, config.proxy.tcp_keepidle).map_err(cannot_listen(address))?;
-            address = listener.local_addr().map_err(cannot_listen(address))?;
-            acceptors.spawn_on(accept_tcp(listener, shared.clone(), stop.clone()), handle);
-        }
-        addresses.proxy.push(address);
+    let accept = |listening| {
+        let (listening, shared, stop, tasks) = (Arc::new(listening), shared.clone(), stop.clone(), tasks.clone());
+        Acceptor { listening, shared, stop, tasks }.accept_on(0);
+    };
+    for address in tcp_addresses(&config.proxy.listen_addr, config.proxy.listen_port)? {
+        let listening = Listening::tcp(address, config.proxy.tcp_keepidle).map_err(cannot_listen(address))?;
+        addresses.proxy.push(listening.address().unwrap_or(address));
+        accept(listening);
     }
-    if let (Some(dir), Some(Serving { handle, .. })) = (&config.proxy.unix_socket_dir, shared.workers.first()) {
+    if let Some(dir) = &config.proxy.unix_socket_dir {
         let port = addresses.proxy.first().map_or(config.proxy.listen_port, SocketAddr::port);
         let path = dir.join(format!(".s.PGSQL.{port}"));
-        let _inside = handle.enter();
-        let listener = unix_listener(&path, config.proxy.unix_socket_mode).map_err(cannot_listen(path.display()))?;
-        acceptors.spawn_on(accept_unix(listener, shared.clone(), stop.clone()), handle);
+        accept(Listening::unix(&path, config.proxy.unix_socket_mode).map_err(cannot_listen(path.display()))?);
         addresses.unix = Some(path);
     }
     Ok(addresses)
@@ -494,81 +506,6 @@ fn tcp_addresses(listen_addr: &str, port: u16) -> Result<Vec<SocketAddr>, ServeE
         }
     }
     Ok(addresses)
-}
-
-/// Clients that may wait for accept.
-const BACKLOG: i32 = 4096;
-
-fn tcp_listener(address: SocketAddr, keepidle: Duration) -> io::Result<TcpListener> {
-    use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
-    let make = |address: SocketAddr| {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        if address.is_ipv6() {
-            // `*` means both families.
-            socket.set_only_v6(!address.ip().is_unspecified())?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        // Both are inherited by the sockets that accept returns.
-        socket.set_tcp_nodelay(true)?;
-        if !keepidle.is_zero() {
-            socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(keepidle))?;
-        }
-        socket.set_nonblocking(true)?;
-        socket.bind(&SockAddr::from(address))?;
-        socket.listen(BACKLOG)?;
-        Ok::<_, io::Error>(socket)
-    };
-    let socket = make(address).or_else(|error| {
-        // A machine without IPv6.
-        let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port());
-        if address.is_ipv6() && address.ip().is_unspecified() { make(v4) } else { Err(error) }
-    })?;
-    TcpListener::from_std(socket.into())
-}
-
-fn unix_listener(path: &std::path::Path, mode: u32) -> io::Result<UnixListener> {
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        // Nobody answers: it was left behind.
-        Err(_) => std::fs::remove_file(path)?,
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    Ok(listener)
-}
-
-/// After an accept that failed, for want of descriptors mostly.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-async fn accept_tcp(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-        match accepted {
-            Ok((socket, address)) => {
-                let stream = Stream::Plain(Socket::tcp(socket, address.ip()));
-                tokio::spawn(connection::accept(stream, Peer::Tcp(address), shared.clone()));
-            }
-            Err(error) => pause(&error).await,
-        }
-    }
-}
-
-async fn accept_unix(listener: UnixListener, shared: Arc<Shared>, stop: CancellationToken) {
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-        match accepted {
-            Ok((socket, _)) => {
-                let stream = Stream::Plain(Socket::Unix(socket));
-                tokio::spawn(connection::accept(stream, Peer::Unix, shared.clone()));
-            }
-            Err(error) => pause(&error).await,
-        }
-    }
-}
-
-async fn pause(error: &io::Error) {
-    tracing::warn!(%error, "cannot accept a client");
-    tokio::time::sleep(ACCEPT_PAUSE).await;
 }
 
 async fn http_listener(listen: &str) -> Result<Option<(TcpListener, SocketAddr)>, ServeError> {
