@@ -7,8 +7,9 @@ the ratio of medians less so.
 
   guard     `guard.mode = "enforce"` beside `"off"`, in the simple protocol, in which every text is new
   tracking  `pool_mode = "auto"`, as shipped, beside `"transaction"` with the guard off and `max_prepared_statements = 0`,
-            in the simple protocol; and with prepared statements, which nothing but `"session"` has without tracking: there
-            the cost of lending the connection anew for every transaction is in the difference, too
+            in the simple protocol; and with prepared statements, which such a mode does not have: beside `"transaction"` with
+            the guard off that keeps them, and beside `"session"` without either, where the cost of lending the connection
+            anew for every transaction is in the difference, too
 
 With --callgrind it counts, instead, the proxy's instructions per transaction in user space, which depend on nothing else
 that runs. That needs valgrind.
@@ -32,7 +33,11 @@ WITHOUT = {**SHIPPED, "guard": "off", "pool_mode": "transaction", "prepared": 0}
 # What is measured: its configurations, with it and without, and pgbench's protocols.
 MEASURED = {
     "guard": [("simple", {**SHIPPED, "pool_mode": "transaction"}, {**SHIPPED, "pool_mode": "transaction", "guard": "off"})],
-    "tracking": [("simple", SHIPPED, WITHOUT), ("prepared", SHIPPED, {**WITHOUT, "pool_mode": "session"})],
+    "tracking": [
+        ("simple", SHIPPED, WITHOUT),
+        ("prepared", SHIPPED, {**WITHOUT, "prepared": SHIPPED["prepared"]}),
+        ("prepared", SHIPPED, {**WITHOUT, "pool_mode": "session"}),
+    ],
 }
 
 
@@ -105,8 +110,12 @@ class Proxy:
         self.dir.cleanup()
 
 
-def told(options, protocol, unit, on, off):
-    print(f"{options.what}, {protocol}: {unit} with it {on:.2f}, without {off:.2f}, ratio {on / off:.4f} ({(on / off - 1) * 100:+.1f}%)",
+def called(options, protocol, without):
+    return f"{options.what}, {protocol}, beside {without['pool_mode']}"
+
+
+def told(what, unit, on, off):
+    print(f"{what}: {unit} with it {on:.2f}, without {off:.2f}, ratio {on / off:.4f} ({(on / off - 1) * 100:+.1f}%)",
           flush=True)
 
 
@@ -124,7 +133,7 @@ def times(options, protocol, *configs):
     finally:
         for proxy in proxies:
             proxy.stop()
-    told(options, protocol, f"processor time per transaction (us, medians of {options.rounds} rounds)",
+    told(called(options, protocol, configs[1]), f"processor time per transaction (us, medians of {options.rounds} rounds)",
          *map(statistics.median, taken))
 
 
@@ -137,7 +146,7 @@ def instructions(options, protocol, *configs):
             counted.append(proxy.instructions(protocol, options.transactions))
         finally:
             proxy.stop()
-    told(options, protocol, "instructions per transaction in user space", *counted)
+    told(called(options, protocol, configs[1]), "instructions per transaction in user space", *counted)
 
 
 def main():
