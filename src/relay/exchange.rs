@@ -287,6 +287,12 @@ impl Relay {
                 std::task::ready!(self.poll_stand_in(cx));
                 continue;
             }
+            if self.memory.named.is_asking() {
+                std::task::ready!(self.memory.named.poll_told(cx));
+                if let Err(outcome) = self.scan_server(lease) {
+                    return Poll::Ready(outcome);
+                }
+            }
             let down = self.poll_down(cx, lease);
             if let Poll::Ready(Some(outcome)) = down {
                 return Poll::Ready(outcome);
@@ -540,6 +546,9 @@ impl Relay {
             if unseen.len() < self.session.needs_of_server(header, self.worker.buffers.size()) {
                 return Ok(());
             }
+            if header.tag == b'Z' && self.must_ask() {
+                return Ok(());
+            }
             let seen = unseen.len().min(header.total);
             let frame = &unseen[..seen];
             match header.tag {
@@ -623,6 +632,17 @@ impl Relay {
             && self.client.rules.pool_mode != PoolMode::Session
             && frame[HEADER..] == *b"application_name\0\0"
             && self.session.may_reset("application_name")
+    }
+
+    /// Whether a ReadyForQuery has to wait until those that the client has ended know it: whoever uses them all would find one
+    /// that still answers.
+    #[inline]
+    fn must_ask(&self) -> bool {
+        let named = &self.memory.named;
+        if named.is_any() && self.session.owes_one_ready() {
+            named.ask(self.client.rules.settle_timeout());
+        }
+        named.is_asking()
     }
 
     /// A ReadyForQuery has come: counts and times.

@@ -2,7 +2,7 @@
 //!
 //! A client that has a server connection at the moment is that server process; the connection is held back from others
 //! until the answer has come. One that has none gets a connection that stands in for it: if it is ended, so is the client,
-//! in the server's words.
+//! in the server's words, before whoever did it has the end of its answer.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Guard, Relay};
@@ -33,6 +34,8 @@ struct Clients {
     held: Vec<Held>,
     stand_ins: Vec<StandIn>,
     missing: Option<Missing>,
+    /// Stand-ins that are being asked whether they were ended.
+    asked: Vec<JoinHandle<()>>,
 }
 
 struct StandIn {
@@ -80,22 +83,53 @@ impl Named {
         self.0.borrow().is_some()
     }
 
-    /// The server owes nothing any more: connections that were held go their ways.
-    pub(super) fn let_go(&self, reset_timeout: Duration) {
-        let Some(clients) = self.0.borrow_mut().take() else { return };
-        for StandIn { client, lease } in clients.stand_ins {
-            let Some(mut lease) = lease else { continue };
-            tokio::spawn(async move {
-                // Whoever ends a process has done so before its own answer comes.
-                match tokio::time::timeout(reset_timeout, lease.conn().simple_queries(&["SELECT 1"])).await {
-                    Ok(Ok(())) => lease.release(CheckIn::Clean, reset_timeout, Instant::now()),
-                    Ok(Err(ServerError::Server(error))) if error.severity == Severity::Error => {}
-                    Ok(Err(ServerError::Server(error))) => client.signals().kill(error),
-                    Ok(Err(_)) => client.signals().kill(terminated()),
-                    Err(_) => {}
-                }
-            });
+    /// The server has said what its last request did: finds out which stand-ins were ended.
+    pub(super) fn ask(&self, timeout: Duration) {
+        if let Some(clients) = self.0.borrow_mut().as_mut() {
+            let stand_ins = std::mem::take(&mut clients.stand_ins).into_iter();
+            clients.asked.extend(stand_ins.filter_map(|stand_in| stand_in.ask(timeout)));
         }
+    }
+
+    /// Whether that is being found out.
+    #[inline]
+    pub(super) fn is_asking(&self) -> bool {
+        self.0.borrow().as_ref().is_some_and(|clients| !clients.asked.is_empty())
+    }
+
+    /// `Ready`: all that were ended know it.
+    pub(super) fn poll_told(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(clients) = self.0.borrow_mut().as_mut() {
+            while let Some(asked) = clients.asked.last_mut() {
+                // One that has panicked has nothing to say.
+                let _ = std::task::ready!(Pin::new(asked).poll(cx));
+                clients.asked.pop();
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// The server owes nothing any more: connections that were held go their ways.
+    pub(super) fn let_go(&self, timeout: Duration) {
+        self.ask(timeout);
+        self.0.take();
+    }
+}
+
+impl StandIn {
+    /// Asks the connection whether it was ended; then the client is.
+    fn ask(self, timeout: Duration) -> Option<JoinHandle<()>> {
+        let (client, mut lease) = (self.client, self.lease?);
+        Some(tokio::spawn(async move {
+            // Whoever ends a process has done so before its own answer comes.
+            match tokio::time::timeout(timeout, lease.conn().simple_queries(&["SELECT 1"])).await {
+                Ok(Ok(())) => lease.release(CheckIn::Clean, timeout, Instant::now()),
+                Ok(Err(ServerError::Server(error))) if error.severity == Severity::Error => {}
+                Ok(Err(ServerError::Server(error))) => client.signals().kill(error),
+                Ok(Err(_)) => client.signals().kill(terminated()),
+                Err(_) => {}
+            }
+        }))
     }
 }
 

@@ -65,6 +65,33 @@ async fn a_session_is_ended_by_the_process_id_that_it_was_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_ended_knows_it_before_the_one_who_did_it() {
+    for mode in POOLED {
+        let world = world(mode).await;
+        let mut other = world.raw("client_001").await;
+        for (state, ready) in [("I", "Z(I)"), ("T", "Z(T)")] {
+            if state == "T" {
+                other.query("BEGIN").await;
+            }
+            for round in 0..10 {
+                let (mut first, mut second) = (world.raw("client_001").await, world.raw("client_001").await);
+                let pids = format!("{{{},{}}}", first.pid, second.pid);
+                let kill = "SELECT count(pg_terminate_backend(pid)) FROM unnest($1::int4[]) AS pid";
+                other.compose(|b| b.extended(kill, &[&pids])).await;
+                let said = show(&other.until_ready().await);
+                assert!(said.contains("D(2)") && said.ends_with(ready), "{mode:?} {said}");
+                // As whoever uses all of them, and at once.
+                for victim in [&mut first, &mut second] {
+                    victim.compose(|b| b.query("SELECT 1")).await;
+                    assert_terminated(victim, &format!("{mode:?} {state} {round}")).await;
+                }
+            }
+        }
+        assert_eq!(show(&other.query("COMMIT").await), "C(COMMIT) Z(I)", "{mode:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_session_is_ended_by_the_process_id_that_the_server_gave_it() {
     let world = world(PoolMode::Auto).await;
     let (mut other, mut victim) = (world.raw("client_001").await, world.raw("client_001").await);

@@ -140,6 +140,11 @@ impl Session {
         self.expects.iter().any(ends_by_itself)
     }
 
+    /// Whether it owes a single one.
+    pub fn owes_one_ready(&self) -> bool {
+        self.expects.iter().filter(|e| ends_by_itself(e)).count() == 1
+    }
+
     /// Whether it owes one that the client gets: ours are for nobody.
     pub fn owes_ready_to_client(&self) -> bool {
         let ours = |e: &Expect| matches!(e, Expect::InjectedSync | Expect::InjectedQuery);
