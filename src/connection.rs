@@ -128,19 +128,23 @@ impl Known for Directory {
 pub async fn accept(stream: Stream, peer: Peer, shared: Arc<Shared>) {
     let stopping = shared.stopping();
     // In a box: the task would be as large as a login, and be moved whole several times.
-    if stopping.run_until_cancelled(Box::pin(log_in(stream, peer, shared))).await.is_none() {
-        tracing::debug!(%peer, "closed while logging in: shutting down");
+    match stopping.run_until_cancelled(Box::pin(log_in(stream, peer, &shared))).await {
+        Some(Some(admitted)) => shared.hand_over(admitted).await,
+        Some(None) => {}
+        None => tracing::debug!(%peer, "closed while logging in: shutting down"),
     }
 }
 
-async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
+/// Nothing, if the client was turned away, or wanted nothing more.
+async fn log_in(stream: Stream, peer: Peer, shared: &Arc<Shared>) -> Option<Admitted> {
     let settled = shared.settled();
-    let counted = Counted::new(&shared);
+    let counted = Counted::new(shared);
     let tls = if matches!(peer, Peer::Unix) { None } else { shared.server_tls.current() };
     let timeout = settled.client_login_timeout;
     let deadline = tokio::time::Instant::now() + timeout;
     let Ok(opened) = tokio::time::timeout_at(deadline, login::open(stream, tls)).await else {
-        return tracing::debug!(%peer, "client_login_timeout before the startup packet");
+        tracing::debug!(%peer, "client_login_timeout before the startup packet");
+        return None;
     };
     let mut opening = match opened {
         Opened::Session(opening) => opening,
@@ -148,24 +152,23 @@ async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
             shared.cancels.cancel(cancel.process_id.cast_unsigned(), &cancel.secret_key).await;
             // Not before: clients wait for the end, and would meet a late cancel with their next query.
             let _ = tokio::time::timeout(GOODBYE, stream.shutdown()).await;
-            return;
+            return None;
         }
-        Opened::Nothing => return,
+        Opened::Nothing => return None,
     };
     // As much as the greeting takes.
     let mut unsent = BytesMut::with_capacity(1000);
-    let proof = prove(&shared, &settled, &mut opening, &mut unsent);
+    let proof = prove(shared, &settled, &mut opening, &mut unsent);
     let refused = match tokio::time::timeout_at(deadline, proof).await {
-        Ok(Ok(identity)) => match admit(&shared, &identity, &opening, peer).await {
+        Ok(Ok(identity)) => match admit(shared, &identity, &opening, peer).await {
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
                 let stream = match shared.is_here(&tenant.id) {
-                    true => Ok(Moving::Within(stream)),
-                    false => stream.detach().map(Moving::Between),
+                    true => Moving::Within(stream),
+                    false => Moving::Between(stream.detach().ok()?),
                 };
-                let Ok(stream) = stream else { return };
-                let admitted = Admitted {
+                return Some(Admitted {
                     stream,
                     input,
                     unsent,
@@ -179,17 +182,20 @@ async fn log_in(stream: Stream, peer: Peer, shared: Arc<Shared>) {
                     id: shared.next_client(),
                     settled,
                     _counted: counted,
-                };
-                return shared.hand_over(admitted);
+                });
             }
             Err(error) => error,
         },
         Ok(Err(Refused::Told(error))) => error,
-        Ok(Err(Refused::Gone)) => return tracing::debug!(%peer, "client left while logging in"),
+        Ok(Err(Refused::Gone)) => {
+            tracing::debug!(%peer, "client left while logging in");
+            return None;
+        }
         Err(_) => PgError::fatal(sqlstate::INVALID_AUTHORIZATION, "client_login_timeout")
             .detail(format!("The login was not complete after {timeout:?}.")),
     };
-    turn_away(&shared, &mut opening, unsent, peer, refused).await;
+    turn_away(shared, &mut opening, unsent, peer, refused).await;
+    None
 }
 
 async fn turn_away(shared: &Shared, opening: &mut Opening, mut unsent: BytesMut, peer: Peer, mut error: PgError) {
