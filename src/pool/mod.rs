@@ -9,6 +9,7 @@
 
 pub mod cancel;
 pub mod connect;
+pub mod defaults;
 pub mod faces;
 pub mod keepers;
 pub mod lease;
@@ -45,6 +46,7 @@ use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
+use defaults::{Before, Defaults};
 use faces::{Faces, Question, Questions};
 use keepers::{Claim, Keepers};
 pub use lease::Lease;
@@ -127,6 +129,10 @@ struct State {
     retired: bool,
     /// What a server reported at login, by startup settings.
     welcome: Welcomes,
+    /// How often what logins begin with has changed; see [`Pool::renew`].
+    generation: u64,
+    /// What they began with before.
+    defaults: Defaults,
     /// Equal parameters are kept once, so that comparing them is comparing pointers.
     params: Vec<Arc<Params>>,
     /// The same for settings that are carried.
@@ -355,6 +361,32 @@ impl Pool {
         drop(idle);
     }
 
+    /// How often what logins begin with has changed. A client gets no connection that is of an earlier generation than it is.
+    pub fn generation(&self) -> u64 {
+        self.state.lock().generation
+    }
+
+    /// What logins begin with has changed (`ALTER ROLE … SET`): what servers have reported is forgotten, idle connections
+    /// close now, others when they come back, unless a client waits that is as old. `before` is what those of a generation
+    /// began with, if that is known.
+    pub fn renew(&self, before: Option<(u64, Before)>) {
+        let idle = {
+            let mut state = self.state.lock();
+            if let Some((generation, before)) = before.filter(|(generation, _)| *generation == state.generation) {
+                state.defaults.note(generation, before);
+            }
+            state.generation += 1;
+            state.welcome = Welcomes::default();
+            std::mem::take(&mut state.idle)
+        };
+        drop(idle);
+    }
+
+    /// What a client of that generation began with; see [`Defaults::of`].
+    pub fn began_with(&self, generation: u64, settings: &Settings) -> Carried {
+        self.state.lock().defaults.of(generation, settings)
+    }
+
     /// Clients that wait for a connection.
     pub fn waiting(&self) -> usize {
         self.state.lock().waiters.len()
@@ -415,23 +447,25 @@ impl Pool {
         application_name: &Arc<str>,
         query_wait_timeout: Duration,
     ) -> Result<Lease, CheckoutError> {
+        let generation = self.generation();
         loop {
             if let Some(lease) = self.try_checkout(settings, None) {
                 return Ok(lease);
             }
-            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout).await.0? {
+            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout, generation).await.0? {
                 return Ok(lease);
             }
         }
     }
 
-    /// Stands in line for a connection. What comes of it, and how long it took; a connection that ended while it was
-    /// handed over is `None`: try again.
+    /// Stands in line for a connection, for a client of that generation. What comes of it, and how long it took; a connection
+    /// that ended while it was handed over is `None`: try again.
     pub fn wait(
         self: &Arc<Self>,
         settings: &Arc<Settings>,
         application_name: &Arc<str>,
         query_wait_timeout: Duration,
+        generation: u64,
     ) -> Wait {
         let now = Instant::now();
         let deadline = (!query_wait_timeout.is_zero()).then(|| now + query_wait_timeout);
@@ -443,7 +477,7 @@ impl Pool {
             if state.waiters.is_empty() {
                 state.pressed_since = Some(now);
             }
-            let key = state.waiters.join(Place::new(settings, application_name, now, deadline));
+            let key = state.waiters.join(Place::new(settings, application_name, now, deadline, generation));
             if let Some(answer) = answer {
                 // Nobody to be woken yet.
                 let last = state.waiters.len() - 1;
@@ -513,6 +547,7 @@ impl Pool {
                         (Some(conn), None)
                     }
                     Err(conn) if state.makes_way_until.is_some_and(|until| now < until) => (Some(conn), None),
+                    Err(conn) if conn.generation != state.generation => (Some(conn), None),
                     Err(conn) => {
                         state.idle.push(conn);
                         (None, None)
@@ -611,7 +646,9 @@ impl Pool {
             let mut state = self.state.lock();
             state.connecting -= 1;
             state.pressed_since = Some(now);
-            if let Ok(conn) = &result {
+            if let Ok(conn) = &result
+                && conn.generation == state.generation
+            {
                 state.welcome.note(&conn.settings, &conn.params);
             }
         }

@@ -36,6 +36,8 @@ pub(super) struct Place {
     pub(super) since: Instant,
     /// When they give up.
     pub(super) deadline: Option<Instant>,
+    /// The earliest that the connection may be of; see [`Pool::renew`](super::Pool::renew).
+    generation: u64,
     /// Made when they stand in the shard's queue as well; dropped with their wait.
     alive: Option<Arc<()>>,
     answer: Option<(Answer, Instant)>,
@@ -49,12 +51,14 @@ impl Place {
         application_name: &Arc<str>,
         since: Instant,
         deadline: Option<Instant>,
+        generation: u64,
     ) -> Self {
         Self {
             settings: settings.clone(),
             application_name: application_name.clone(),
             since,
             deadline,
+            generation,
             alive: None,
             answer: None,
             waker: None,
@@ -114,7 +118,7 @@ impl Queue {
         conn: Box<ServerConnection>,
         now: Instant,
     ) -> Result<Option<Waker>, Box<ServerConnection>> {
-        match self.position(|place| place.settings == conn.settings) {
+        match self.position(|place| place.settings == conn.settings && place.generation <= conn.generation) {
             Some(position) => Ok(self.answer(position, Ok(conn), now)),
             None => Err(conn),
         }

@@ -159,6 +159,8 @@ pub struct Session {
     stay: u64,
     /// Something has been changed that prepared statements may depend on, in this transaction.
     altered: bool,
+    /// What logins begin with may have been changed (`ALTER ROLE`), in this transaction or before.
+    changes_logins: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
     /// What the same text means something else in another of; see [`scope`].
@@ -219,6 +221,7 @@ impl Session {
             stay: 0,
             untidy: false,
             altered: false,
+            changes_logins: false,
             scope: Box::default(),
             addresses: false,
             rescopes: false,
@@ -310,6 +313,17 @@ impl Session {
     /// Whether a transaction has ended that changed what prepared statements may depend on; asked once.
     pub fn take_altered(&mut self) -> bool {
         self.altered && self.status == b'I' && std::mem::take(&mut self.altered)
+    }
+
+    /// Whether what logins begin with may have been changed.
+    #[inline]
+    pub fn changes_logins(&self) -> bool {
+        self.changes_logins
+    }
+
+    /// The same, asked once.
+    pub fn take_changes_logins(&mut self) -> bool {
+        std::mem::take(&mut self.changes_logins)
     }
 
     /// Whether it cannot be told how many answers the server still gives: a COPY has failed with a Sync on its way.
