@@ -123,8 +123,9 @@ pub struct Session {
     status: u8,
     /// An extended-protocol error: the server skips everything up to the next Sync, and so do we.
     failed: bool,
-    /// Messages of the extended protocol since the last Sync.
+    /// Messages of the extended protocol since the last Sync; nothing but Close among them.
     open_group: bool,
+    only_closes: bool,
     copy_in: bool,
     /// COPY data has been sent since the last ReadyForQuery; and a Sync behind it, which the server ignores while it is
     /// in COPY, and answers if the COPY has failed by then. Which of the two cannot be told from outside.
@@ -199,6 +200,7 @@ impl Session {
             status: b'I',
             failed: false,
             open_group: false,
+            only_closes: false,
             copy_in: false,
             copy_data: false,
             sync_in_copy: false,
