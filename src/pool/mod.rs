@@ -61,6 +61,9 @@ use welcome::Welcomes;
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
 
+/// What makes server connections equal: startup settings and generation (see [`Pool::renew`]).
+type Kind = (Arc<Settings>, u64);
+
 /// The one that is no setting but the database that the client asked for; only where a plan lets it choose.
 pub const DATABASE: &str = "database";
 
@@ -127,6 +130,8 @@ struct State {
     makes_way_until: Option<Instant>,
     /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
     retired: bool,
+    /// How many connections have logged in, by what makes them equal.
+    logged_in: Vec<(Kind, usize)>,
     /// What a server reported at login, by startup settings.
     welcome: Welcomes,
     /// How often what logins begin with has changed; see [`Pool::renew`].
@@ -630,14 +635,14 @@ impl Pool {
             state.connecting += 1;
             wanted
         };
-        let slot = Slot { pool: self.clone() };
+        let slot = Slot { pool: self.clone(), kind: None };
         self.worker.spawn(open(slot, settings, application_name));
         true
     }
 
     fn opened(
         self: &Arc<Self>,
-        result: Result<Box<ServerConnection>, PgError>,
+        mut result: Result<Box<ServerConnection>, PgError>,
         settings: &Arc<Settings>,
         began: Instant,
     ) {
@@ -646,10 +651,13 @@ impl Pool {
             let mut state = self.state.lock();
             state.connecting -= 1;
             state.pressed_since = Some(now);
-            if let Ok(conn) = &result
-                && conn.generation == state.generation
-            {
-                state.welcome.note(&conn.settings, &conn.params);
+            if let Ok(conn) = &mut result {
+                let kind = (conn.settings.clone(), conn.generation);
+                state.logged_in(&kind);
+                conn.slot.kind = Some(kind);
+                if conn.generation == state.generation {
+                    state.welcome.note(&conn.settings, &conn.params);
+                }
             }
         }
         match result {
@@ -822,15 +830,32 @@ impl State {
     fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
         let lent = self.open.saturating_sub(self.connecting + self.idle.len());
         let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
-        // Nobody has had a connection with these settings.
-        if lent == 0 || self.welcome.get(&next.settings).is_none() {
+        let (since, same) = (next.since, self.logged_in.iter().any(|(kind, _)| next.takes(kind)));
+        // Others are of no use.
+        if lent == 0 || !same {
             return now;
         }
-        let none_comes = (came_back + patience).max(next.since + AT_LEAST);
-        let soonest = none_comes.min(next.since + patience * WAITED_LONG);
+        let none_comes = (came_back + patience).max(since + AT_LEAST);
+        let soonest = none_comes.min(since + patience * WAITED_LONG);
         match self.pressed_since {
             Some(since) if self.connecting == 0 => soonest.min(since + patience * NEVER_PAUSED),
             _ => soonest,
+        }
+    }
+
+    fn logged_in(&mut self, kind: &Kind) {
+        match self.logged_in.iter_mut().find(|(have, _)| have == kind) {
+            Some((_, count)) => *count += 1,
+            None => self.logged_in.push((kind.clone(), 1)),
+        }
+    }
+
+    fn logged_out(&mut self, kind: &Kind) {
+        if let Some(at) = self.logged_in.iter().position(|(have, _)| have == kind) {
+            self.logged_in[at].1 -= 1;
+            if self.logged_in[at].1 == 0 {
+                self.logged_in.swap_remove(at);
+            }
         }
     }
 
@@ -968,6 +993,8 @@ async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
 /// the next in line.
 pub struct Slot {
     pool: Arc<Pool>,
+    /// That of the connection, once it has logged in.
+    kind: Option<Kind>,
 }
 
 impl Slot {
@@ -979,7 +1006,13 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.pool.state.lock().open -= 1;
+        {
+            let mut state = self.pool.state.lock();
+            state.open -= 1;
+            if let Some(kind) = &self.kind {
+                state.logged_out(kind);
+            }
+        }
         self.pool.budget.release();
         self.pool.serve();
     }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::connect::ServerConnection;
 use super::shard::Ticket;
-use super::{CheckoutError, Settings};
+use super::{CheckoutError, Kind, Settings};
 
 /// What a wait ends with.
 pub(super) type Answer = Result<Box<ServerConnection>, CheckoutError>;
@@ -63,6 +63,11 @@ impl Place {
             answer: None,
             waker: None,
         }
+    }
+
+    /// Whether it can use a connection of this kind.
+    pub(super) fn takes(&self, (settings, generation): &Kind) -> bool {
+        self.settings == *settings && self.generation <= *generation
     }
 
     /// For a turn in the shard's queue; void as soon as the wait is over.
@@ -118,7 +123,8 @@ impl Queue {
         conn: Box<ServerConnection>,
         now: Instant,
     ) -> Result<Option<Waker>, Box<ServerConnection>> {
-        match self.position(|place| place.settings == conn.settings && place.generation <= conn.generation) {
+        let kind = (conn.settings.clone(), conn.generation);
+        match self.position(|place| place.takes(&kind)) {
             Some(position) => Ok(self.answer(position, Ok(conn), now)),
             None => Err(conn),
         }

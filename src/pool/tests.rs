@@ -101,7 +101,7 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     // Three connections, of which one came back after 100 ms; when the next login begins for who has come at `since`.
     let pool = |settings: &Arc<Settings>, since: u64, change: fn(&mut State)| {
         let mut state = State { open: 3, came_back: Some(at(100)), ..State::default() };
-        state.welcome.note(&known, &Arc::default());
+        state.logged_in(&(known.clone(), 0));
         for _ in 0..2 {
             state.waiters.join(Place::new(settings, &"".into(), at(since), None, 0));
         }
@@ -127,6 +127,14 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     assert_eq!(pool(&known, 104, |state| state.came_back = None), ms(105));
     let others = Arc::new(vec![("work_mem".to_owned(), "64kB".to_owned())]);
     assert_eq!(pool(&others, 104, |_| {}), ms(105));
+    // Also if there was one.
+    let has_gone = |state: &mut State| {
+        let kind = (state.waiters.at(0).unwrap().settings.clone(), 0);
+        state.welcome.note(&kind.0, &Arc::default());
+        state.logged_in(&kind);
+        state.logged_out(&kind);
+    };
+    assert_eq!(pool(&others, 104, has_gone), ms(105));
 }
 
 #[tokio::test]
