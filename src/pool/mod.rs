@@ -113,6 +113,8 @@ struct State {
     idle: Vec<Box<ServerConnection>>,
     /// Idle, leased, being opened or being reset.
     open: usize,
+    /// Among them the listener's, if it is one more than clients may have: none or one.
+    apart: usize,
     connecting: usize,
     waiters: Queue,
     keepers: Keepers,
@@ -400,7 +402,7 @@ impl Pool {
     /// Whether a checkout would most likely not have to wait for another client.
     pub fn has_room(&self, settings: &Arc<Settings>) -> bool {
         let state = self.state.lock();
-        let open = state.waiters.is_empty() && state.open < self.limits.default_pool_size;
+        let open = state.waiters.is_empty() && state.used() < self.limits.default_pool_size;
         state.has_idle(settings) || (open && self.budget.has_room())
     }
 
@@ -542,13 +544,13 @@ impl Pool {
             let elsewhere = self.budget.contended()
                 && now.duration_since(conn.opened) >= self.budget.quantum()
                 && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
-            if state.retired || conn.expires <= now || elsewhere {
+            if state.retired || conn.expires <= now || elsewhere || conn.slot.apart {
                 (Some(conn), None)
             } else {
                 match state.waiters.give(conn, now) {
                     Ok(wake) => (None, wake),
                     // A waiter with other settings cannot use it and would otherwise wait for ever for this slot.
-                    Err(conn) if !state.waiters.is_empty() && state.open >= self.limits.default_pool_size => {
+                    Err(conn) if !state.waiters.is_empty() && state.used() >= self.limits.default_pool_size => {
                         (Some(conn), None)
                     }
                     Err(conn) if state.makes_way_until.is_some_and(|until| now < until) => (Some(conn), None),
@@ -578,7 +580,7 @@ impl Pool {
                 if unmet && state.connecting >= state.at_once() {
                     return;
                 }
-                if state.retired || !unmet || state.open >= self.limits.default_pool_size {
+                if state.retired || !unmet || state.used() >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
                     let stale = if unmet && !state.retired && !state.idle.is_empty() {
                         Some(state.idle.remove(0))
@@ -625,7 +627,8 @@ impl Pool {
     pub(super) fn open_with_slot(self: &Arc<Self>) -> bool {
         let (settings, application_name) = {
             let mut state = self.state.lock();
-            if state.retired || state.open >= self.limits.default_pool_size || state.waiters.len() <= state.connecting {
+            if state.retired || state.used() >= self.limits.default_pool_size || state.waiters.len() <= state.connecting
+            {
                 return false;
             }
             let position = state.connecting;
@@ -635,9 +638,32 @@ impl Pool {
             state.connecting += 1;
             wanted
         };
-        let slot = Slot { pool: self.clone(), kind: None };
+        let slot = Slot { pool: self.clone(), kind: None, apart: false };
         self.worker.spawn(open(slot, settings, application_name));
         true
+    }
+
+    /// A connection for the tenant's listener, beside those of clients, where these would have none: whoever waits for the
+    /// listener may hold one of theirs, and so all of them. `None` if it need not be so, or cannot: one at a time, and only as
+    /// far as the shard has room.
+    pub(super) async fn checkout_apart(
+        self: &Arc<Self>,
+        settings: &Arc<Settings>,
+        application_name: &Arc<str>,
+    ) -> Option<Lease> {
+        if !self.state.lock().may_be_apart(self.limits.default_pool_size) {
+            return None;
+        }
+        if !(self.budget.try_reserve() || self.budget.evict_for(Some(self)) && self.budget.try_reserve()) {
+            return None;
+        }
+        {
+            let mut state = self.state.lock();
+            state.open += 1;
+            state.apart += 1;
+        }
+        let slot = Slot { pool: self.clone(), kind: None, apart: true };
+        login(slot, settings.clone(), application_name.clone()).await.ok().map(Lease::new)
     }
 
     fn opened(
@@ -750,7 +776,7 @@ impl Pool {
             let mut state = self.state.lock();
             let state = &mut *state;
             let (false, Some(waiting)) = (state.keepers.is_empty(), state.waiters.oldest()) else { return };
-            if state.open < self.limits.default_pool_size {
+            if state.used() < self.limits.default_pool_size {
                 return;
             }
             let unmet = |state: &State| state.waiters.len() > state.connecting + state.keepers.called();
@@ -817,6 +843,21 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 }
 
 impl State {
+    /// Connections that count for the pool's size.
+    fn used(&self) -> usize {
+        self.open - self.apart
+    }
+
+    /// How many more clients could have one.
+    fn free(&self, default_pool_size: usize) -> usize {
+        default_pool_size.saturating_sub(self.used()) + self.idle.len()
+    }
+
+    /// See [`Pool::checkout_apart`].
+    fn may_be_apart(&self, default_pool_size: usize) -> bool {
+        !self.retired && self.apart == 0 && self.free(default_pool_size) < 2
+    }
+
     /// How many connections are opened at a time. A burst of short transactions is over before it has a connection for
     /// each of them, and opening those would cost more than the work: while a server forks, others wait, and who waits then
     /// says nothing about how many are needed.
@@ -828,7 +869,7 @@ impl State {
     /// give them back, one of those is there before a new one would be: then only for who has waited long, or, one at a
     /// time, if somebody has been waiting all the time, as where clients never pause.
     fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
-        let lent = self.open.saturating_sub(self.connecting + self.idle.len());
+        let lent = self.used().saturating_sub(self.connecting + self.idle.len());
         let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
         let (since, same) = (next.since, self.logged_in.iter().any(|(kind, _)| next.takes(kind)));
         // Others are of no use.
@@ -980,13 +1021,23 @@ async fn grow(pool: Weak<Pool>, at: Instant) {
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
     let (pool, began) = (slot.pool.clone(), Instant::now());
     // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
-    let result = pool.connector.clone().connect(slot, settings.clone(), application_name).await;
+    let result = login(slot, settings.clone(), application_name).await;
+    pool.opened(result, &settings, began);
+}
+
+async fn login(
+    slot: Slot,
+    settings: Arc<Settings>,
+    application_name: Arc<str>,
+) -> Result<Box<ServerConnection>, PgError> {
+    let (pool, began) = (slot.pool.clone(), Instant::now());
+    let result = pool.connector.clone().connect(slot, settings, application_name).await;
     let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
     outcome.fetch_add(1, Ordering::Relaxed);
     if result.is_ok() {
         pool.budget.note_login(began.elapsed());
     }
-    pool.opened(result.map(Box::new), &settings, began);
+    result.map(Box::new)
 }
 
 /// A place in a pool and in its shard's budget. Held by a connection for its whole life; dropping it makes room for
@@ -995,6 +1046,8 @@ pub struct Slot {
     pool: Arc<Pool>,
     /// That of the connection, once it has logged in.
     kind: Option<Kind>,
+    /// It does not count for the pool's size.
+    apart: bool,
 }
 
 impl Slot {
@@ -1009,6 +1062,7 @@ impl Drop for Slot {
         {
             let mut state = self.pool.state.lock();
             state.open -= 1;
+            state.apart -= usize::from(self.apart);
             if let Some(kind) = &self.kind {
                 state.logged_out(kind);
             }
