@@ -126,7 +126,8 @@ const POOL: &[Key] = keys! { one pool:
     /// tables, session locks, LISTEN, …); "session" when the client leaves; "transaction" always when the transaction
     /// ends, and what a client leaves behind is reset.
     pool_mode: OneOf<super::PoolMode>;
-    /// Most server connections of one tenant (with one set of startup settings).
+    /// Most server connections of one tenant (with one set of startup settings). One more listens for its clients, in
+    /// "auto", while they have all of these.
     default_pool_size: Connections;
     /// Most server connections to one shard, all tenants together. Keep it below the shard's max_connections.
     max_db_connections: Connections;

@@ -50,6 +50,8 @@ pub struct ServerConnection {
     pub recent: Recent,
     /// Cancels under way for it.
     pub cancels: Arc<UnderWay>,
+    /// How often what logins begin with had changed before it was opened; see [`Pool::renew`](super::Pool::renew).
+    pub generation: u64,
     /// Not given out again after this.
     pub expires: Instant,
     /// When it was opened.
@@ -254,7 +256,7 @@ impl Connector {
         settings: Arc<Settings>,
         application_name: Arc<str>,
     ) -> Result<ServerConnection, ServerError> {
-        let tenant = slot.pool().tenant().clone();
+        let (tenant, generation) = (slot.pool().tenant().clone(), slot.pool().generation());
         let role = Role { name: tenant.role().into(), may_be_superuser: tenant.plan.may_be_superuser() };
         let dialer = self.dialer(&tenant.shard);
         let mut out = BytesMut::with_capacity(256);
@@ -297,6 +299,7 @@ impl Connector {
             prepared: Prepared::default(),
             recent: Recent::default(),
             cancels,
+            generation,
             expires: now + lifetime,
             opened: now,
             last_used: now,

@@ -3,7 +3,8 @@
 //! A client's `LISTEN` runs on the connection that it has borrowed, where it means what it always means. What that
 //! connection listens to afterwards is taken over here, before the client has its answer; then the connection goes back.
 //!
-//! The listener's connection is an ordinary one of the tenant's pool, counted like every other. It is opened when the
+//! The listener's connection is an ordinary one of the tenant's pool, counted like every other; but where its clients would
+//! have none beside it, it is one more than `default_pool_size`, if the shard has room. It is opened when the
 //! first client listens and goes back when nobody does; after a loss it is opened again with its channels. Notifications
 //! that were sent in between are lost.
 
@@ -123,10 +124,6 @@ impl Pool {
         (settings, encoding): (&Settings, &str),
         channels: Channels,
     ) -> Option<Subscription> {
-        // The client holds one itself.
-        if self.limits.default_pool_size < 2 {
-            return None;
-        }
         self.subscribe(client, signals, (settings, encoding), channels, WAIT).await
     }
 
@@ -142,11 +139,12 @@ impl Pool {
         place: (&Settings, &str),
         query_wait_timeout: Duration,
     ) {
-        let free = {
+        let size = self.limits.default_pool_size;
+        let (free, apart) = {
             let state = self.state.lock();
-            self.limits.default_pool_size.saturating_sub(state.open) + state.idle.len()
+            (state.free(size), state.may_be_apart(size))
         };
-        if self.limits.default_pool_size < 2 || free == 1 {
+        if (size < 2 || free == 1) && !(apart && self.budget.has_room()) {
             return;
         }
         let patience = if query_wait_timeout.is_zero() { PATIENCE } else { query_wait_timeout.min(PATIENCE) };
@@ -356,8 +354,13 @@ impl Listener {
 
     async fn connect<'a>(&self, pool: &'a Arc<Pool>) -> Result<Ear<'a>, String> {
         let name = Arc::from("pgusher listener");
-        let lease = pool.checkout(&self.place.settings, &name, PATIENCE).await;
-        let mut lease = lease.map_err(|error| format!("{error:?}"))?;
+        let mut lease = match pool.checkout_apart(&self.place.settings, &name).await {
+            Some(lease) => lease,
+            None => {
+                let lease = pool.checkout(&self.place.settings, &name, PATIENCE).await;
+                lease.map_err(|error| format!("{error:?}"))?
+            }
+        };
         let conn = lease.conn();
         // It may have been used: and what it inherits of its role's settings must not close it.
         let set = format!(

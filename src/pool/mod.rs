@@ -9,6 +9,7 @@
 
 pub mod cancel;
 pub mod connect;
+pub mod defaults;
 pub mod faces;
 pub mod keepers;
 pub mod lease;
@@ -45,6 +46,7 @@ use crate::error::{PgError, sqlstate};
 use crate::metrics::Metrics;
 use crate::tenant::TenantId;
 use connect::{Connector, ServerConnection};
+use defaults::{Before, Defaults};
 use faces::{Faces, Question, Questions};
 use keepers::{Claim, Keepers};
 pub use lease::Lease;
@@ -58,6 +60,9 @@ use welcome::Welcomes;
 
 /// A client's startup settings: name (lower case) and value, sorted. Part of what makes two server connections equal.
 pub type Settings = Vec<(String, String)>;
+
+/// What makes server connections equal: startup settings and generation (see [`Pool::renew`]).
+type Kind = (Arc<Settings>, u64);
 
 /// The one that is no setting but the database that the client asked for; only where a plan lets it choose.
 pub const DATABASE: &str = "database";
@@ -108,6 +113,8 @@ struct State {
     idle: Vec<Box<ServerConnection>>,
     /// Idle, leased, being opened or being reset.
     open: usize,
+    /// Among them the listener's, if it is one more than clients may have: none or one.
+    apart: usize,
     connecting: usize,
     waiters: Queue,
     keepers: Keepers,
@@ -125,8 +132,14 @@ struct State {
     makes_way_until: Option<Instant>,
     /// Set when the tenant moved, was suspended or deleted, or the pool was empty and forgotten.
     retired: bool,
+    /// How many connections have logged in, by what makes them equal.
+    logged_in: Vec<(Kind, usize)>,
     /// What a server reported at login, by startup settings.
     welcome: Welcomes,
+    /// How often what logins begin with has changed; see [`Pool::renew`].
+    generation: u64,
+    /// What they began with before.
+    defaults: Defaults,
     /// Equal parameters are kept once, so that comparing them is comparing pointers.
     params: Vec<Arc<Params>>,
     /// The same for settings that are carried.
@@ -355,6 +368,32 @@ impl Pool {
         drop(idle);
     }
 
+    /// How often what logins begin with has changed. A client gets no connection that is of an earlier generation than it is.
+    pub fn generation(&self) -> u64 {
+        self.state.lock().generation
+    }
+
+    /// What logins begin with has changed (`ALTER ROLE … SET`): what servers have reported is forgotten, idle connections
+    /// close now, others when they come back, unless a client waits that is as old. `before` is what those of a generation
+    /// began with, if that is known.
+    pub fn renew(&self, before: Option<(u64, Before)>) {
+        let idle = {
+            let mut state = self.state.lock();
+            if let Some((generation, before)) = before.filter(|(generation, _)| *generation == state.generation) {
+                state.defaults.note(generation, before);
+            }
+            state.generation += 1;
+            state.welcome = Welcomes::default();
+            std::mem::take(&mut state.idle)
+        };
+        drop(idle);
+    }
+
+    /// What a client of that generation began with; see [`Defaults::of`].
+    pub fn began_with(&self, generation: u64, settings: &Settings) -> Carried {
+        self.state.lock().defaults.of(generation, settings)
+    }
+
     /// Clients that wait for a connection.
     pub fn waiting(&self) -> usize {
         self.state.lock().waiters.len()
@@ -363,7 +402,7 @@ impl Pool {
     /// Whether a checkout would most likely not have to wait for another client.
     pub fn has_room(&self, settings: &Arc<Settings>) -> bool {
         let state = self.state.lock();
-        let open = state.waiters.is_empty() && state.open < self.limits.default_pool_size;
+        let open = state.waiters.is_empty() && state.used() < self.limits.default_pool_size;
         state.has_idle(settings) || (open && self.budget.has_room())
     }
 
@@ -415,23 +454,25 @@ impl Pool {
         application_name: &Arc<str>,
         query_wait_timeout: Duration,
     ) -> Result<Lease, CheckoutError> {
+        let generation = self.generation();
         loop {
             if let Some(lease) = self.try_checkout(settings, None) {
                 return Ok(lease);
             }
-            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout).await.0? {
+            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout, generation).await.0? {
                 return Ok(lease);
             }
         }
     }
 
-    /// Stands in line for a connection. What comes of it, and how long it took; a connection that ended while it was
-    /// handed over is `None`: try again.
+    /// Stands in line for a connection, for a client of that generation. What comes of it, and how long it took; a connection
+    /// that ended while it was handed over is `None`: try again.
     pub fn wait(
         self: &Arc<Self>,
         settings: &Arc<Settings>,
         application_name: &Arc<str>,
         query_wait_timeout: Duration,
+        generation: u64,
     ) -> Wait {
         let now = Instant::now();
         let deadline = (!query_wait_timeout.is_zero()).then(|| now + query_wait_timeout);
@@ -443,7 +484,7 @@ impl Pool {
             if state.waiters.is_empty() {
                 state.pressed_since = Some(now);
             }
-            let key = state.waiters.join(Place::new(settings, application_name, now, deadline));
+            let key = state.waiters.join(Place::new(settings, application_name, now, deadline, generation));
             if let Some(answer) = answer {
                 // Nobody to be woken yet.
                 let last = state.waiters.len() - 1;
@@ -503,16 +544,17 @@ impl Pool {
             let elsewhere = self.budget.contended()
                 && now.duration_since(conn.opened) >= self.budget.quantum()
                 && self.budget.oldest().is_some_and(|s| oldest.is_none_or(|o| s < o));
-            if state.retired || conn.expires <= now || elsewhere {
+            if state.retired || conn.expires <= now || elsewhere || conn.slot.apart {
                 (Some(conn), None)
             } else {
                 match state.waiters.give(conn, now) {
                     Ok(wake) => (None, wake),
                     // A waiter with other settings cannot use it and would otherwise wait for ever for this slot.
-                    Err(conn) if !state.waiters.is_empty() && state.open >= self.limits.default_pool_size => {
+                    Err(conn) if !state.waiters.is_empty() && state.used() >= self.limits.default_pool_size => {
                         (Some(conn), None)
                     }
                     Err(conn) if state.makes_way_until.is_some_and(|until| now < until) => (Some(conn), None),
+                    Err(conn) if conn.generation != state.generation => (Some(conn), None),
                     Err(conn) => {
                         state.idle.push(conn);
                         (None, None)
@@ -538,7 +580,7 @@ impl Pool {
                 if unmet && state.connecting >= state.at_once() {
                     return;
                 }
-                if state.retired || !unmet || state.open >= self.limits.default_pool_size {
+                if state.retired || !unmet || state.used() >= self.limits.default_pool_size {
                     // Idle connections with other settings are in the way of those who wait.
                     let stale = if unmet && !state.retired && !state.idle.is_empty() {
                         Some(state.idle.remove(0))
@@ -585,7 +627,8 @@ impl Pool {
     pub(super) fn open_with_slot(self: &Arc<Self>) -> bool {
         let (settings, application_name) = {
             let mut state = self.state.lock();
-            if state.retired || state.open >= self.limits.default_pool_size || state.waiters.len() <= state.connecting {
+            if state.retired || state.used() >= self.limits.default_pool_size || state.waiters.len() <= state.connecting
+            {
                 return false;
             }
             let position = state.connecting;
@@ -595,14 +638,37 @@ impl Pool {
             state.connecting += 1;
             wanted
         };
-        let slot = Slot { pool: self.clone() };
+        let slot = Slot { pool: self.clone(), kind: None, apart: false };
         self.worker.spawn(open(slot, settings, application_name));
         true
     }
 
+    /// A connection for the tenant's listener, beside those of clients, where these would have none: whoever waits for the
+    /// listener may hold one of theirs, and so all of them. `None` if it need not be so, or cannot: one at a time, and only as
+    /// far as the shard has room.
+    pub(super) async fn checkout_apart(
+        self: &Arc<Self>,
+        settings: &Arc<Settings>,
+        application_name: &Arc<str>,
+    ) -> Option<Lease> {
+        if !self.state.lock().may_be_apart(self.limits.default_pool_size) {
+            return None;
+        }
+        if !(self.budget.try_reserve() || self.budget.evict_for(Some(self)) && self.budget.try_reserve()) {
+            return None;
+        }
+        {
+            let mut state = self.state.lock();
+            state.open += 1;
+            state.apart += 1;
+        }
+        let slot = Slot { pool: self.clone(), kind: None, apart: true };
+        login(slot, settings.clone(), application_name.clone()).await.ok().map(Lease::new)
+    }
+
     fn opened(
         self: &Arc<Self>,
-        result: Result<Box<ServerConnection>, PgError>,
+        mut result: Result<Box<ServerConnection>, PgError>,
         settings: &Arc<Settings>,
         began: Instant,
     ) {
@@ -611,8 +677,13 @@ impl Pool {
             let mut state = self.state.lock();
             state.connecting -= 1;
             state.pressed_since = Some(now);
-            if let Ok(conn) = &result {
-                state.welcome.note(&conn.settings, &conn.params);
+            if let Ok(conn) = &mut result {
+                let kind = (conn.settings.clone(), conn.generation);
+                state.logged_in(&kind);
+                conn.slot.kind = Some(kind);
+                if conn.generation == state.generation {
+                    state.welcome.note(&conn.settings, &conn.params);
+                }
             }
         }
         match result {
@@ -705,7 +776,7 @@ impl Pool {
             let mut state = self.state.lock();
             let state = &mut *state;
             let (false, Some(waiting)) = (state.keepers.is_empty(), state.waiters.oldest()) else { return };
-            if state.open < self.limits.default_pool_size {
+            if state.used() < self.limits.default_pool_size {
                 return;
             }
             let unmet = |state: &State| state.waiters.len() > state.connecting + state.keepers.called();
@@ -772,6 +843,21 @@ impl<T, I: Iterator<Item = T>> PartitionMut<T> for I {
 }
 
 impl State {
+    /// Connections that count for the pool's size.
+    fn used(&self) -> usize {
+        self.open - self.apart
+    }
+
+    /// How many more clients could have one.
+    fn free(&self, default_pool_size: usize) -> usize {
+        default_pool_size.saturating_sub(self.used()) + self.idle.len()
+    }
+
+    /// See [`Pool::checkout_apart`].
+    fn may_be_apart(&self, default_pool_size: usize) -> bool {
+        !self.retired && self.apart == 0 && self.free(default_pool_size) < 2
+    }
+
     /// How many connections are opened at a time. A burst of short transactions is over before it has a connection for
     /// each of them, and opening those would cost more than the work: while a server forks, others wait, and who waits then
     /// says nothing about how many are needed.
@@ -783,17 +869,34 @@ impl State {
     /// give them back, one of those is there before a new one would be: then only for who has waited long, or, one at a
     /// time, if somebody has been waiting all the time, as where clients never pause.
     fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
-        let lent = self.open.saturating_sub(self.connecting + self.idle.len());
+        let lent = self.used().saturating_sub(self.connecting + self.idle.len());
         let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
-        // Nobody has had a connection with these settings.
-        if lent == 0 || self.welcome.get(&next.settings).is_none() {
+        let (since, same) = (next.since, self.logged_in.iter().any(|(kind, _)| next.takes(kind)));
+        // Others are of no use.
+        if lent == 0 || !same {
             return now;
         }
-        let none_comes = (came_back + patience).max(next.since + AT_LEAST);
-        let soonest = none_comes.min(next.since + patience * WAITED_LONG);
+        let none_comes = (came_back + patience).max(since + AT_LEAST);
+        let soonest = none_comes.min(since + patience * WAITED_LONG);
         match self.pressed_since {
             Some(since) if self.connecting == 0 => soonest.min(since + patience * NEVER_PAUSED),
             _ => soonest,
+        }
+    }
+
+    fn logged_in(&mut self, kind: &Kind) {
+        match self.logged_in.iter_mut().find(|(have, _)| have == kind) {
+            Some((_, count)) => *count += 1,
+            None => self.logged_in.push((kind.clone(), 1)),
+        }
+    }
+
+    fn logged_out(&mut self, kind: &Kind) {
+        if let Some(at) = self.logged_in.iter().position(|(have, _)| have == kind) {
+            self.logged_in[at].1 -= 1;
+            if self.logged_in[at].1 == 0 {
+                self.logged_in.swap_remove(at);
+            }
         }
     }
 
@@ -918,19 +1021,33 @@ async fn grow(pool: Weak<Pool>, at: Instant) {
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
     let (pool, began) = (slot.pool.clone(), Instant::now());
     // A task that is dropped (shutdown) must not leave `connecting` behind, which only matters to this pool's waiters.
-    let result = pool.connector.clone().connect(slot, settings.clone(), application_name).await;
+    let result = login(slot, settings.clone(), application_name).await;
+    pool.opened(result, &settings, began);
+}
+
+async fn login(
+    slot: Slot,
+    settings: Arc<Settings>,
+    application_name: Arc<str>,
+) -> Result<Box<ServerConnection>, PgError> {
+    let (pool, began) = (slot.pool.clone(), Instant::now());
+    let result = pool.connector.clone().connect(slot, settings, application_name).await;
     let outcome = if result.is_ok() { &pool.budget.stats.logins_ok } else { &pool.budget.stats.logins_failed };
     outcome.fetch_add(1, Ordering::Relaxed);
     if result.is_ok() {
         pool.budget.note_login(began.elapsed());
     }
-    pool.opened(result.map(Box::new), &settings, began);
+    result.map(Box::new)
 }
 
 /// A place in a pool and in its shard's budget. Held by a connection for its whole life; dropping it makes room for
 /// the next in line.
 pub struct Slot {
     pool: Arc<Pool>,
+    /// That of the connection, once it has logged in.
+    kind: Option<Kind>,
+    /// It does not count for the pool's size.
+    apart: bool,
 }
 
 impl Slot {
@@ -942,7 +1059,14 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.pool.state.lock().open -= 1;
+        {
+            let mut state = self.pool.state.lock();
+            state.open -= 1;
+            state.apart -= usize::from(self.apart);
+            if let Some(kind) = &self.kind {
+                state.logged_out(kind);
+            }
+        }
         self.pool.budget.release();
         self.pool.serve();
     }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::connect::ServerConnection;
 use super::shard::Ticket;
-use super::{CheckoutError, Settings};
+use super::{CheckoutError, Kind, Settings};
 
 /// What a wait ends with.
 pub(super) type Answer = Result<Box<ServerConnection>, CheckoutError>;
@@ -36,6 +36,8 @@ pub(super) struct Place {
     pub(super) since: Instant,
     /// When they give up.
     pub(super) deadline: Option<Instant>,
+    /// The earliest that the connection may be of; see [`Pool::renew`](super::Pool::renew).
+    generation: u64,
     /// Made when they stand in the shard's queue as well; dropped with their wait.
     alive: Option<Arc<()>>,
     answer: Option<(Answer, Instant)>,
@@ -49,16 +51,23 @@ impl Place {
         application_name: &Arc<str>,
         since: Instant,
         deadline: Option<Instant>,
+        generation: u64,
     ) -> Self {
         Self {
             settings: settings.clone(),
             application_name: application_name.clone(),
             since,
             deadline,
+            generation,
             alive: None,
             answer: None,
             waker: None,
         }
+    }
+
+    /// Whether it can use a connection of this kind.
+    pub(super) fn takes(&self, (settings, generation): &Kind) -> bool {
+        self.settings == *settings && self.generation <= *generation
     }
 
     /// For a turn in the shard's queue; void as soon as the wait is over.
@@ -114,7 +123,8 @@ impl Queue {
         conn: Box<ServerConnection>,
         now: Instant,
     ) -> Result<Option<Waker>, Box<ServerConnection>> {
-        match self.position(|place| place.settings == conn.settings) {
+        let kind = (conn.settings.clone(), conn.generation);
+        match self.position(|place| place.takes(&kind)) {
             Some(position) => Ok(self.answer(position, Ok(conn), now)),
             None => Err(conn),
         }

@@ -65,7 +65,7 @@ fn give_back(lease: Lease) {
 #[tokio::test]
 async fn a_pool_whose_connections_do_not_come_back_grows() {
     let (pool, mut far_ends) = pool();
-    let wait = || pool.wait(&Arc::default(), &"".into(), Duration::ZERO);
+    let wait = || pool.wait(&Arc::default(), &"".into(), Duration::ZERO, 0);
     let first = wait();
     let mut fars = vec![next(&mut far_ends).await];
     let_in(&mut fars[0]).await;
@@ -101,9 +101,9 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     // Three connections, of which one came back after 100 ms; when the next login begins for who has come at `since`.
     let pool = |settings: &Arc<Settings>, since: u64, change: fn(&mut State)| {
         let mut state = State { open: 3, came_back: Some(at(100)), ..State::default() };
-        state.welcome.note(&known, &Arc::default());
+        state.logged_in(&(known.clone(), 0));
         for _ in 0..2 {
-            state.waiters.join(Place::new(settings, &"".into(), at(since), None));
+            state.waiters.join(Place::new(settings, &"".into(), at(since), None, 0));
         }
         change(&mut state);
         state.opens_at(patience, at(105)).duration_since(start)
@@ -127,12 +127,20 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     assert_eq!(pool(&known, 104, |state| state.came_back = None), ms(105));
     let others = Arc::new(vec![("work_mem".to_owned(), "64kB".to_owned())]);
     assert_eq!(pool(&others, 104, |_| {}), ms(105));
+    // Also if there was one.
+    let has_gone = |state: &mut State| {
+        let kind = (state.waiters.at(0).unwrap().settings.clone(), 0);
+        state.welcome.note(&kind.0, &Arc::default());
+        state.logged_in(&kind);
+        state.logged_out(&kind);
+    };
+    assert_eq!(pool(&others, 104, has_gone), ms(105));
 }
 
 #[tokio::test]
 async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
     let (pool, mut far_ends) = pool();
-    let wait = |pool: &Arc<Pool>| pool.wait(&Arc::default(), &"".into(), PATIENCE);
+    let wait = |pool: &Arc<Pool>| pool.wait(&Arc::default(), &"".into(), PATIENCE, 0);
     let gone = wait(&pool);
     let first = next(&mut far_ends).await;
     drop(gone);
@@ -152,9 +160,9 @@ async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
 async fn a_failed_login_is_told_to_who_wanted_its_settings() {
     let (pool, mut far_ends) = pool();
     let (plain, odd) = (Arc::<Settings>::default(), Arc::new(vec![("no_such_thing".to_owned(), "1".to_owned())]));
-    let mut first = pool.wait(&plain, &"".into(), PATIENCE);
+    let mut first = pool.wait(&plain, &"".into(), PATIENCE, 0);
     let own = next(&mut far_ends).await;
-    let second = pool.wait(&odd, &"".into(), PATIENCE);
+    let second = pool.wait(&odd, &"".into(), PATIENCE, 0);
     drop(next(&mut far_ends).await);
     let (answer, _) = tokio::select! {
         (answer, _) = &mut first => panic!("{:?}", answer.err()),

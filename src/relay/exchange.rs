@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
+use crate::pool::defaults::Before;
 use crate::pool::scope;
 
 use super::watch::{Guard, Refused, attempt};
@@ -41,7 +42,9 @@ impl Relay {
     pub(super) async fn lend(&mut self, mut lease: Lease) -> Lent {
         let conn = lease.conn();
         let same = Arc::ptr_eq(&conn.params, &self.client.params) && Arc::ptr_eq(&conn.applied, &self.carried);
-        if !same && let Err(why) = Box::pin(self.carry_settings(&mut lease)).await {
+        if !(same && conn.generation == self.generation)
+            && let Err(why) = Box::pin(self.carry_settings(&mut lease)).await
+        {
             return why;
         }
         if self.ears.is_some()
@@ -71,6 +74,10 @@ impl Relay {
             };
         }
         metrics::shift(&self.worker.stats.clients_active, -1);
+        if self.session.take_changes_logins() {
+            // Nobody has asked what was before, or the client has gone before it was answered.
+            self.pool.renew(None);
+        }
         // It counts as one that gives way until it has.
         let _until_then = self.stand_by.take();
         self.client.key.entry.unbind();
@@ -125,15 +132,29 @@ impl Relay {
     /// client's first byte is sent.
     async fn carry_settings(&mut self, lease: &mut Lease) -> Result<(), Lent> {
         let conn = lease.conn();
-        if let Some(script) = settle::script(conn, &self.client.params, &self.carried) {
-            let statements = [script.as_str()];
-            let work = conn.simple_queries(&statements);
+        let script = settle::script(conn, &self.client.params, &self.carried);
+        let mut before = Carried::new();
+        if conn.generation != self.generation {
+            before = self.pool.began_with(self.generation, &self.client.settings);
+            before.retain(|name, _| !self.carried.contains_key(name));
+        }
+        if script.is_some() || !before.is_empty() {
+            let work = async {
+                if let Some(script) = &script {
+                    conn.simple_queries(&[script]).await?;
+                }
+                if before.is_empty() { Ok(Carried::new()) } else { settle::keep(conn, &before).await }
+            };
             let failed = |detail: String| {
                 let text = "could not restore the session's settings";
                 Lent::Unfit(PgError::fatal(sqlstate::CONNECTION_FAILURE, text).detail(detail))
             };
             match tokio::time::timeout(self.client.rules.settle_timeout(), work).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(kept)) if kept.is_empty() => {}
+                Ok(Ok(kept)) => {
+                    let all = self.carried.iter().map(|(name, value)| (name.clone(), value.clone())).chain(kept);
+                    self.carried = self.pool.intern_carried(Arc::new(all.collect()));
+                }
                 Ok(Err(error)) if error.is_the_end() => return Err(Lent::Dead),
                 // What was on the connection before may be in the way: `temp_buffers`, for one.
                 Ok(Err(error)) => return Err(failed(format!("{error}."))),
@@ -141,6 +162,7 @@ impl Relay {
             }
         }
         conn.applied = self.carried.clone();
+        self.generation = conn.generation;
         self.client.params = conn.params.clone();
         Ok(())
     }
@@ -186,6 +208,12 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
+        if self.session.take_changes_logins() {
+            let work = settle::begun_with(conn);
+            let values = tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
+            let settings = self.client.settings.clone();
+            self.pool.renew(values.map(|values| (conn.generation, Before { settings, values })));
+        }
         self.seeded |= residue.seeds;
         self.known_by_process |= residue.stores_process;
         self.doubtful |= settle::has_doubtful_names(&residue, &conn.params);
@@ -656,6 +684,12 @@ impl Relay {
         let stats = &self.worker.stats;
         if self.session.take_altered() {
             self.pool.statements.forget();
+        }
+        if self.client.rules.pool_mode != PoolMode::Auto
+            && self.session.status() == b'I'
+            && self.session.take_changes_logins()
+        {
+            self.pool.renew(None);
         }
         let queries = self.session.take_queries();
         if queries > 0 {

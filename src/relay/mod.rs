@@ -216,6 +216,8 @@ struct Relay {
     scoped: (Arc<Params>, Arc<Carried>),
     /// Why the client keeps its server connection between transactions.
     pinned: Option<settle::Reason>,
+    /// How often what logins begin with had changed when it logged in, or since what it began with was restored.
+    generation: u64,
     /// What it listens to without one.
     ears: Option<Box<notify::Ears>>,
     /// Its ReadyForQuery is held back until what it listens to is settled.
@@ -294,7 +296,7 @@ impl Relay {
             .with_search_path(began_with.or(client.params.get(scope::PATH)))
             .with_replication(streams_as(&client));
         let pool = worker.pools.get(&client.tenant);
-        let carried = pool.intern_carried(Arc::default());
+        let (carried, generation) = (pool.intern_carried(Arc::default()), pool.generation());
         let up = Flow::preload(early);
         let base = client.params.clone();
         Self {
@@ -314,6 +316,7 @@ impl Relay {
             ready_at: Instant::now(),
             carried,
             pinned: None,
+            generation,
             ears: None,
             held: false,
             stand_by: None,
@@ -469,7 +472,7 @@ impl Relay {
             // Who shares a server connection does not name it.
             let own = client.rules.pool_mode == PoolMode::Session;
             let name = if own { client.application_name.clone() } else { Arc::default() };
-            let mut wait = self.pool.wait(&client.settings, &name, patience);
+            let mut wait = self.pool.wait(&client.settings, &name, patience, self.generation);
             let found = poll_fn(|cx| {
                 if let Poll::Ready(signal) = client.signals.poll(cx) {
                     return Poll::Ready(Err(signal));
@@ -521,7 +524,12 @@ impl Relay {
         if tenant.status != Status::Active || tenant.plan != self.client.tenant.plan {
             return Err(gone(id.as_str()));
         }
-        self.pool = self.worker.pools.get(&tenant);
+        let pool = self.worker.pools.get(&tenant);
+        if !Arc::ptr_eq(&pool, &self.pool) {
+            // What is known of earlier generations is gone with the pool.
+            self.generation = pool.generation();
+            self.pool = pool;
+        }
         self.client.tenant = tenant;
         self.client.seen = version;
         Ok(())

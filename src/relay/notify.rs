@@ -83,10 +83,11 @@ impl Relay {
         self.client.signals.has_mail() && self.session.is_idle() && !self.down.has_output() && !self.down.in_frame()
     }
 
-    /// Whether the client gets its ReadyForQuery only when what it listens to is settled.
+    /// Whether the client gets its ReadyForQuery only when what it listens to is settled, or what logins begin with.
     #[inline]
     pub(super) fn holds_ready(&self) -> bool {
-        (self.ears.is_some() || self.session.may_listen()) && self.client.rules.pool_mode == PoolMode::Auto
+        (self.ears.is_some() || self.session.may_listen() || self.session.changes_logins())
+            && self.client.rules.pool_mode == PoolMode::Auto
     }
 
     /// Whether the client's next message has to wait for the answer to the last one, because only the last

@@ -123,8 +123,9 @@ pub struct Session {
     status: u8,
     /// An extended-protocol error: the server skips everything up to the next Sync, and so do we.
     failed: bool,
-    /// Messages of the extended protocol since the last Sync.
+    /// Messages of the extended protocol since the last Sync; nothing but Close among them.
     open_group: bool,
+    only_closes: bool,
     copy_in: bool,
     /// COPY data has been sent since the last ReadyForQuery; and a Sync behind it, which the server ignores while it is
     /// in COPY, and answers if the COPY has failed by then. Which of the two cannot be told from outside.
@@ -159,6 +160,8 @@ pub struct Session {
     stay: u64,
     /// Something has been changed that prepared statements may depend on, in this transaction.
     altered: bool,
+    /// What logins begin with may have been changed (`ALTER ROLE`), in this transaction or before.
+    changes_logins: bool,
     /// Something is on the server connection that only a reset takes away.
     untidy: bool,
     /// What the same text means something else in another of; see [`scope`].
@@ -197,6 +200,7 @@ impl Session {
             status: b'I',
             failed: false,
             open_group: false,
+            only_closes: false,
             copy_in: false,
             copy_data: false,
             sync_in_copy: false,
@@ -219,6 +223,7 @@ impl Session {
             stay: 0,
             untidy: false,
             altered: false,
+            changes_logins: false,
             scope: Box::default(),
             addresses: false,
             rescopes: false,
@@ -310,6 +315,17 @@ impl Session {
     /// Whether a transaction has ended that changed what prepared statements may depend on; asked once.
     pub fn take_altered(&mut self) -> bool {
         self.altered && self.status == b'I' && std::mem::take(&mut self.altered)
+    }
+
+    /// Whether what logins begin with may have been changed.
+    #[inline]
+    pub fn changes_logins(&self) -> bool {
+        self.changes_logins
+    }
+
+    /// The same, asked once.
+    pub fn take_changes_logins(&mut self) -> bool {
+        std::mem::take(&mut self.changes_logins)
     }
 
     /// Whether it cannot be told how many answers the server still gives: a COPY has failed with a Sync on its way.

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use crate::error::Severity;
 use crate::metrics::PIN_REASONS;
 use crate::pool::connect::{ServerConnection, ServerError};
 use crate::pool::listener::Channels;
@@ -110,7 +111,7 @@ pub async fn settle(
     }
     pinned = pinned.or((!conn.params.can_be_carried()).then_some(UNKNOWN));
     let listens: Channels = listed(&row, LISTEN)?;
-    let settings: BTreeMap<String, String> = listed(&row, ASKED)?;
+    let settings: Settings = listed(&row, ASKED)?;
     // Settings with a prefix of the application's own are in no list: they are asked for by name.
     let own = |name: &&str| name.contains('.');
     let names: Vec<&str> = carried.keys().chain(&residue.settings).map(|name| &**name).filter(own).collect();
@@ -189,6 +190,57 @@ async fn is_somebody_else(conn: &mut ServerConnection, role: Option<&str>) -> Re
         Err(error) => Err(error),
     }
 }
+
+/// What logins began with that are as old as this one: the server's settings that clients can make, but those that it reports.
+/// `None`: it does not say.
+///
+/// # Errors
+/// The connection must be closed.
+pub async fn begun_with(conn: &mut ServerConnection) -> Result<Option<Carried>, ServerError> {
+    let rows = match conn.rows(&[BEGUN_WITH]).await {
+        Ok(rows) => rows,
+        Err(ServerError::Server(error)) if error.severity == Severity::Error => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let all: Settings = listed(&rows.into_iter().next().unwrap_or_default(), 0)?;
+    let values = all.into_iter().filter(|(name, _)| !conn.params.has(name));
+    Ok(Some(values.map(|(name, value)| (name.into(), value.into())).collect()))
+}
+
+/// Makes what a client began with its own settings, where this connection began with something else; returns those.
+///
+/// # Errors
+/// The connection must be closed.
+pub async fn keep(conn: &mut ServerConnection, before: &Carried) -> Result<Carried, ServerError> {
+    let before = serde_json::to_string(before).map_err(|_| ServerError::Protocol("malformed settings"))?;
+    let sql = format!(
+        "SET LOCAL jit = off; SELECT pg_catalog.encode(pg_catalog.convert_to(pg_catalog.json_object_agg(key, \
+             pg_catalog.set_config(key, value, false))::pg_catalog.text, 'UTF8'), 'hex') \
+           FROM pg_catalog.json_each_text({}::pg_catalog.json) AS kept \
+             JOIN pg_catalog.pg_settings ON pg_catalog.lower(name) OPERATOR(pg_catalog.=) key \
+           WHERE reset_val OPERATOR(pg_catalog.<>) value",
+        Value(&before)
+    );
+    let rows = match conn.rows(&[&sql]).await {
+        Ok(rows) => rows,
+        // One that cannot be made any more: the client has what everybody has now.
+        Err(ServerError::Server(error)) if error.severity == Severity::Error => return Ok(Carried::new()),
+        Err(error) => return Err(error),
+    };
+    let kept: Settings = listed(&rows.into_iter().next().unwrap_or_default(), 0)?;
+    Ok(kept.into_iter().map(|(name, value)| (name.into(), value.into())).collect())
+}
+
+/// Settings as a server lists them.
+type Settings = BTreeMap<String, String>;
+
+/// See [`begun_with`].
+const BEGUN_WITH: &str = "SET LOCAL jit = off; SELECT \
+    pg_catalog.encode(pg_catalog.convert_to(pg_catalog.json_object_agg(pg_catalog.lower(name), \
+        reset_val)::pg_catalog.text, 'UTF8'), 'hex') FROM pg_catalog.pg_settings \
+      WHERE context OPERATOR(pg_catalog.=) 'user' AND reset_val IS NOT NULL \
+        AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
+          'transaction_read_only', 'transaction_deferrable'])";
 
 /// The role that a login is given by the catalog; the most special entry counts.
 const DEFAULT_ROLE: &str = "SET LOCAL jit = off; SELECT \

@@ -465,10 +465,15 @@ async fn class_12_nothing_of_ours_is_in_the_way_of_what_runs_alone() {
     .await;
     let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
     let sql = "CREATE INDEX CONCURRENTLY notes ON bookings (lower(note))";
-    for name in ["", "a"] {
+    for (name, closes) in [("", 0), ("a", 0), ("", 1), ("a", 3)] {
+        let put_closes = |b: &mut Batch| {
+            [(b'S', ""), (b'P', "p"), (b'S', "z")][..closes].iter().for_each(|(what, name)| b.close(*what, name))
+        };
+        let closed = "3 ".repeat(closes);
         for apart in [false, true] {
             two.query("INSERT INTO bookings (note) VALUES ('x')").await;
             one.compose(|b| {
+                put_closes(b);
                 b.parse(name, sql);
                 if apart {
                     b.sync();
@@ -476,17 +481,24 @@ async fn class_12_nothing_of_ours_is_in_the_way_of_what_runs_alone() {
             })
             .await;
             if apart {
-                assert_eq!(show(&one.until_ready().await), "1 Z(I)");
+                assert_eq!(show(&one.until_ready().await), format!("{closed}1 Z(I)"));
                 two.query("INSERT INTO bookings (note) VALUES ('x')").await;
             }
             one.compose(|b| {
+                if apart && !name.is_empty() {
+                    put_closes(b);
+                }
                 b.bind("", name, &[]);
                 b.execute("");
                 b.sync();
             })
             .await;
-            let expected = if apart { "2 C(CREATE INDEX) Z(I)" } else { "1 2 C(CREATE INDEX) Z(I)" };
-            assert_eq!(show(&one.until_ready().await), expected, "{name:?} {apart}");
+            let first = match (apart, name) {
+                (false, _) => format!("{closed}1 "),
+                (true, "") => String::new(),
+                (true, _) => closed.clone(),
+            };
+            assert_eq!(show(&one.until_ready().await), format!("{first}2 C(CREATE INDEX) Z(I)"), "{name:?} {apart}");
             one.query("DROP INDEX notes").await;
             one.query("DEALLOCATE ALL").await;
         }

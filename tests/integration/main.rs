@@ -21,6 +21,7 @@ mod drain;
 mod encodings;
 mod failures;
 mod interleaved;
+mod logins;
 mod notify;
 mod own_server;
 mod pooling;

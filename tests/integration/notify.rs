@@ -285,7 +285,7 @@ async fn a_lost_listener_comes_back_with_its_channels() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_room_for_a_listener_the_client_keeps_its_connection() {
-    let world = auto(|config| config.pool.default_pool_size = 1).await;
+    let world = auto(|config| config.pool.max_db_connections = 1).await;
     let mut client = world.raw("client_001").await;
     ok(&mut client, "LISTEN jobs").await;
     world.metric_until("pgusher_pinned_clients{reason=\"listen\"}", 1.0).await;
@@ -335,6 +335,40 @@ async fn clients_that_begin_to_listen_together_do_not_take_all_connections() {
         let mut holder = world.raw("client_001").await;
         ok(&mut holder, "BEGIN").await;
         holders.push(holder);
+    }
+}
+
+/// Nobody can know before the `COMMIT`: by then they have all connections, or the only one.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_listen_in_transactions_do_not_take_all_connections() {
+    for size in [1, 3] {
+        let world = auto(|config| config.pool.default_pool_size = size).await;
+        let mut clients = Vec::new();
+        for _ in 0..7 {
+            clients.push(world.raw("client_001").await);
+        }
+        let listening = clients.iter_mut().enumerate().map(async |(n, client)| {
+            ok(client, "BEGIN").await;
+            client.compose(|b| if n % 2 == 0 { b.query("LISTEN jobs") } else { b.extended("LISTEN jobs", &[]) }).await;
+            client.until_ready().await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            ok(client, "COMMIT").await;
+        });
+        let all = futures_util::future::join_all(listening);
+        tokio::time::timeout(Duration::from_secs(20), all).await.expect("they wait for each other");
+        assert_eq!(world.metric("pgusher_pinned_clients{reason=\"listen\"}").await, 0.0);
+        assert!(world.admin_value(OWN).await <= size as i64 + 1);
+        let mut sender = world.raw("client_001").await;
+        ok(&mut sender, "NOTIFY jobs, 'x'").await;
+        for client in &mut clients {
+            assert_eq!(next(client).await, (sender.pid, "jobs x".to_owned()));
+        }
+        // The one more is gone with those that listen.
+        for client in clients {
+            client.terminate().await;
+        }
+        world.metric_until("pgusher_listeners", 0.0).await;
+        world.admin_until(&format!("SELECT greatest(({OWN}), {size})"), size as i64).await;
     }
 }
 

@@ -127,6 +127,47 @@ async fn what_others_have_left_is_nobodys_answer() {
     assert_eq!(two.error(CURRENT).await.code(), "55000");
 }
 
+/// Nothing is known of the texts of what was prepared before.
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_the_same_where_names_are_passed_through() {
+    let world = World::start(|config| {
+        config.pool.default_pool_size = 2;
+        config.pool.max_prepared_statements = 0;
+    })
+    .await;
+    let (mut one, mut two) = (world.raw("client_001").await, world.raw("client_001").await);
+    number(&mut one, INSERT, true).await;
+    assert_eq!(number(&mut two, CURRENT, true).await, "55000", "it has done nothing");
+    for _ in 0..2 {
+        let ids = [number(&mut one, INSERT, true).await, number(&mut two, INSERT, true).await];
+        world.metric_until(PINNED, 2.0).await;
+        assert_eq!([number(&mut two, CURRENT, true).await, number(&mut one, LAST, true).await], [&*ids[1], &*ids[0]]);
+    }
+    for raw in [&mut one, &mut two] {
+        raw.query("DISCARD ALL").await;
+    }
+    world.metric_until(PINNED, 0.0).await;
+    number(&mut one, "SELECT 1", true).await;
+    assert_eq!(world.metric(PINNED).await, 0.0, "only what may advance one counts");
+    one.compose(|b| {
+        b.parse("s", INSERT);
+        b.sync();
+    })
+    .await;
+    one.until_ready().await;
+    one.query("DISCARD SEQUENCES").await;
+    world.metric_until(PINNED, 0.0).await;
+    one.compose(|b| {
+        b.bind("", "s", &[]);
+        b.execute("");
+        b.sync();
+    })
+    .await;
+    assert_eq!(one.until_ready().await.iter().filter(|m| m.tag == b'D').count(), 1);
+    world.metric_until(PINNED, 1.0).await;
+    assert_ne!(number(&mut one, LAST, true).await, "55000");
+}
+
 /// Another tenant waits for the only connection of the shard.
 #[tokio::test(flavor = "multi_thread")]
 async fn other_tenants_are_not_kept_from_theirs() {

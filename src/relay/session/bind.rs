@@ -35,10 +35,7 @@ impl Session {
         link: &mut Link<'_>,
         out: &mut BytesMut,
     ) -> Result<Verdict, PgError> {
-        let Statements::Shared(max) = self.statements else {
-            self.push_extended(Expect::Bind(None));
-            return Ok(Verdict::Forward);
-        };
+        let Statements::Shared(max) = self.statements else { return Ok(self.bind_as_is(frame, link, out)) };
         let (portal, rest) = cstr(&frame[HEADER..]).ok_or_else(|| malformed("Bind"))?;
         let (name, values) = cstr(rest).ok_or_else(|| malformed("Bind"))?;
         let whole = frame.len() == header.total;
@@ -96,6 +93,19 @@ impl Session {
         };
         self.push_extended(Expect::Bind(shared));
         Ok(verdict)
+    }
+
+    /// A Bind of what was prepared under the client's own names, of which the texts are not kept: one that has a name may do
+    /// anything; the unnamed one was looked at when it came.
+    fn bind_as_is(&mut self, frame: &[u8], link: &mut Link<'_>, out: &mut BytesMut) -> Verdict {
+        let unnamed = cstr(&frame[HEADER..]).is_some_and(|(_, rest)| rest.first() == Some(&0));
+        let residue = if unnamed { Residue::none() } else { Residue::anything() };
+        if self.must_discard_first(&residue, link) {
+            return self.discard_first(link.prepared, out);
+        }
+        self.note_sequences(&residue, None, link, out);
+        self.push_extended(Expect::Bind(None));
+        behind(frame, out)
     }
 
     pub(super) fn describe_or_close(
@@ -244,6 +254,15 @@ impl Session {
             self.note_residue(&residue.with_values(values), whole);
         }
     }
+}
+
+/// The frame as it is, behind what was said already.
+pub(super) fn behind(frame: &[u8], out: &mut BytesMut) -> Verdict {
+    if out.is_empty() {
+        return Verdict::Forward;
+    }
+    out.extend_from_slice(frame);
+    Verdict::Replace
 }
 
 /// A Bind of which everything behind the tag and before the end has `length` bytes.

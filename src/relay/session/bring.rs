@@ -91,7 +91,7 @@ impl Session {
         if link.prepared.touch(statement.id) {
             return;
         }
-        let apart = !self.open_group && self.is_elsewhere(statement);
+        let apart = self.may_come_before() && self.is_elsewhere(statement);
         self.bring_missing(statement, max, link, out);
         if apart {
             message::sync(out);

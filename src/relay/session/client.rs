@@ -99,7 +99,7 @@ impl Session {
                 Ok(Verdict::Replace)
             }
             b'S' => {
-                (self.failed, self.open_group) = (false, false);
+                (self.failed, self.open_group, self.only_closes) = (false, false, false);
                 self.sync_in_copy |= self.copy_data || self.copy_in;
                 if !self.copy_in {
                     self.expects.push_back(Expect::Sync);

@@ -100,8 +100,18 @@ pub(super) struct ParseUndo {
 
 impl Session {
     pub(super) fn push_extended(&mut self, expect: Expect) {
+        let closes =
+            matches!(expect, Expect::Close | Expect::CloseUnnamed(_) | Expect::CloseBySql(_) | Expect::OurClose(_));
+        self.only_closes = closes && self.may_come_before();
         (self.open_group, self.flushed) = (true, false);
         self.expects.push_back(expect);
+    }
+
+    /// Whether something of ours, with a Sync, can be said before the client's group of messages: it has not begun, or with
+    /// nothing but Close, which cannot fail and begins no transaction.
+    #[inline]
+    pub(super) fn may_come_before(&self) -> bool {
+        !self.open_group || self.only_closes
     }
 
     /// Takes what is answered now. The end of a COPY that has come to the front by that was for a COPY that never

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
 
+use super::bind::behind;
 use super::expect::{Expect, ParseUndo, Shared, Taken, ends_by_itself};
 use super::look::{look, see};
 use super::refusal::malformed;
@@ -41,6 +42,9 @@ impl Session {
                 return Ok(self.refuse_parse(name.is_empty(), error, out));
             }
         };
+        if self.must_discard_first(&residue, link) {
+            return Ok(self.discard_first(link.prepared, out));
+        }
         let Statements::Shared(max) = self.statements else {
             // The unnamed one stays, too; where transactions share connections it stays for whoever turned tracking off.
             self.residue.unknown |= !name.is_empty() || self.pool_mode == PoolMode::Session;
@@ -49,12 +53,10 @@ impl Session {
                 link.ward.remember(text, link.ward.lex());
             }
             self.note_residue(&residue, whole);
+            self.note_sequences(&residue, None, link, out);
             self.push_extended(Expect::Parse(None));
-            return Ok(Verdict::Forward);
+            return Ok(behind(frame, out));
         };
-        if self.must_discard_first(&residue, link) {
-            return Ok(self.discard_first(link.prepared, out));
-        }
         self.addresses |= residue.processes;
         if name.is_empty() {
             return Ok(self.parse_addressed(text, body, whole, residue, link, out));

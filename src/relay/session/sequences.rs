@@ -85,7 +85,10 @@ impl Session {
     #[inline]
     pub(super) fn must_discard_first(&self, residue: &Residue, link: &Link<'_>) -> bool {
         let touches = self.pool_mode == PoolMode::Auto && (residue.asks || residue.advances);
-        touches && !self.open_group && self.finds_others(link.prepared) && self.may_discard(residue, link.registry)
+        touches
+            && self.may_come_before()
+            && self.finds_others(link.prepared)
+            && self.may_discard(residue, link.registry)
     }
 
     /// Does so. The message is to be looked at again behind it.

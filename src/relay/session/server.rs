@@ -172,6 +172,7 @@ impl Session {
         self.altered |=
             tag.starts_with(b"ALTER ") || tag.starts_with(b"DROP ") || matches!(tag, b"CREATE VIEW" | b"DO");
         match tag {
+            b"ALTER ROLE" | b"ALTER DATABASE" => self.changes_logins = true,
             b"DISCARD ALL" | b"DEALLOCATE ALL" => self.forget_all(prepared),
             _ => {}
         }

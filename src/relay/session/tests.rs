@@ -682,6 +682,34 @@ fn what_others_did_to_sequences_is_forgotten_before_the_group_begins() {
     assert_eq!(both.client(b'B', b"\0a\0\0\0\0\0\0\0").0, "B");
 }
 
+/// A Close does not count, whether it is for the server or not, and whatever is closed.
+#[test]
+fn a_group_that_begins_with_a_close_has_not_begun() {
+    let create = b"\0CREATE INDEX CONCURRENTLY i ON t (f(x))\0\0\0";
+    let step = [(b'3', &b""[..]), (b'1', b""), (b'2', b""), (b'C', b"DISCARD SEQUENCES\0"), (b'3', b""), (b'3', b"")];
+    for (close, to_server, answer) in [(&b"Sa\0"[..], "", "3"), (b"S\0", "C", ""), (b"P\0", "C", "")] {
+        let mut both = Both::new(PoolMode::Auto);
+        both.client(b'P', b"a\0SELECT 1\0\0\0");
+        both.client(b'S', b"");
+        both.servers(&[(b'1', b""), READY]);
+        both.prepared.sequences_of = SOMEBODY_ELSE;
+        assert_eq!(both.client(b'C', close), (to_server.into(), answer.into()));
+        assert_eq!(both.client(b'P', create).0, "CPBECCS");
+        if !to_server.is_empty() {
+            assert_eq!(both.server(b'3', b""), Ok("3".into()));
+        }
+        assert_eq!(both.servers(&step) + &both.servers(&[READY]), "");
+        assert_eq!(both.client(b'P', create).0, "P");
+        both.client(b'S', b"");
+        assert_eq!(both.servers(&[(b'1', b""), READY]), "1Z");
+        // Behind anything else it is too late.
+        both.prepared.sequences_of = SOMEBODY_ELSE;
+        both.client(b'P', b"\0SELECT 1\0\0\0");
+        both.client(b'C', b"P\0");
+        assert_eq!(both.client(b'P', create).0, "P");
+    }
+}
+
 /// RowDescription of columns with these names and types.
 fn columns(of: &[(&str, u8)], table: u8) -> Vec<u8> {
     let mut body = vec![0, u8::try_from(of.len()).unwrap()];
