@@ -149,7 +149,7 @@ def pgbench_thread(state, endpoint):
     """pgbench with prepared statements, over and over."""
     while not state.stop.is_set():
         began = time.monotonic()
-        script = ["pgbench", "-n", "-S", "-M", "prepared", "-c", "8", "-T", "5", endpoint.dsn(tenant="bench")]
+        script = ["pgbench", "-n", "-S", "-M", "prepared", "-c", "8", "-T", "5", endpoint.dsn(tenant="pgbench")]
         done = subprocess.run(script, capture_output=True, text=True)
         if done.returncode:
             state.failed("pgbench", began, RuntimeError(done.stderr[-300:]))
@@ -234,9 +234,9 @@ def main():
     state = State(options.seed)
     with Rig(shared_buffers="128MB", max_connections=200) as it:
         endpoint = it.pgusher(pool=f'server_idle_timeout = "{IDLE_TIMEOUT}s"')
-        for name in [f"t{n:02}" for n in range(TENANTS)] + ["bench"]:
+        for name in [f"t{n:02}" for n in range(TENANTS)] + ["pgbench"]:
             endpoint.connect(name).close()
-        subprocess.run(["pgbench", "-i", "-q", "-s", "1", endpoint.dsn(tenant="bench")], check=True, capture_output=True)
+        subprocess.run(["pgbench", "-i", "-q", "-s", "1", endpoint.dsn(tenant="pgbench")], check=True, capture_output=True)
         time.sleep(IDLE_TIMEOUT + 3)
         first = sample(endpoint, time.monotonic())
         samples = soak(options, it, endpoint, state)
