@@ -10,8 +10,8 @@
 //!
 //! # Layers, low to high
 //!
-//! A module uses only what stands before it in this list; [`connection`] and [`server`] tie the
-//! knots, [`error`], [`metrics`], [`violation`], [`audit`] and [`tls`] are leaves that anyone may use.
+//! A module uses only what stands before it in this list; [`accept`] (whose turn it is: [`steer`]), [`connection`] and
+//! [`server`] tie the knots, [`error`], [`metrics`], [`violation`], [`audit`] and [`tls`] are leaves that anyone may use.
 //!
 //! | layer | question it answers |
 //! |---|---|

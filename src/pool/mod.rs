@@ -871,7 +871,8 @@ impl State {
     fn opens_at(&mut self, patience: Duration, now: Instant) -> Instant {
         let lent = self.used().saturating_sub(self.connecting + self.idle.len());
         let (Some(came_back), Some(next)) = (self.came_back, self.waiters.at(self.connecting)) else { return now };
-        let (since, same) = (next.since, self.logged_in.iter().any(|(kind, _)| next.takes(kind)));
+        let useful = |((settings, generation), _): &(Kind, usize)| next.takes(settings, *generation);
+        let (since, same) = (next.since, self.logged_in.iter().any(useful));
         // Others are of no use.
         if lent == 0 || !same {
             return now;

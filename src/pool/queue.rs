@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::connect::ServerConnection;
 use super::shard::Ticket;
-use super::{CheckoutError, Kind, Settings};
+use super::{CheckoutError, Settings};
 
 /// What a wait ends with.
 pub(super) type Answer = Result<Box<ServerConnection>, CheckoutError>;
@@ -65,9 +65,9 @@ impl Place {
         }
     }
 
-    /// Whether it can use a connection of this kind.
-    pub(super) fn takes(&self, (settings, generation): &Kind) -> bool {
-        self.settings == *settings && self.generation <= *generation
+    /// Whether it can use a connection with these settings and of this generation.
+    pub(super) fn takes(&self, settings: &Arc<Settings>, generation: u64) -> bool {
+        self.settings == *settings && self.generation <= generation
     }
 
     /// For a turn in the shard's queue; void as soon as the wait is over.
@@ -123,8 +123,7 @@ impl Queue {
         conn: Box<ServerConnection>,
         now: Instant,
     ) -> Result<Option<Waker>, Box<ServerConnection>> {
-        let kind = (conn.settings.clone(), conn.generation);
-        match self.position(|place| place.takes(&kind)) {
+        match self.position(|place| place.takes(&conn.settings, conn.generation)) {
             Some(position) => Ok(self.answer(position, Ok(conn), now)),
             None => Err(conn),
         }
