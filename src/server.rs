@@ -7,7 +7,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -502,14 +502,28 @@ fn tcp_addresses(listen_addr: &str, port: u16) -> Result<Vec<SocketAddr>, ServeE
     for name in listen_addr.split(',').map(str::trim).filter(|name| !name.is_empty()) {
         match name {
             "*" => addresses.push(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)),
-            "0.0.0.0" => addresses.push(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)),
             name => {
                 let found = std::net::ToSocketAddrs::to_socket_addrs(&(name, port)).map_err(cannot_listen(name))?;
                 addresses.extend(found);
             }
         }
     }
-    Ok(addresses)
+    Ok(without_repeats(&addresses))
+}
+
+/// An address can be listened on once: not again by another name (`localhost`), nor beside one that means all.
+fn without_repeats(addresses: &[SocketAddr]) -> Vec<SocketAddr> {
+    // `*` means both families.
+    let means = |all: &SocketAddr, other: &SocketAddr| {
+        all.ip().is_unspecified() && all != other && (all.is_ipv6() || other.is_ipv4())
+    };
+    let mut kept = Vec::new();
+    for address in addresses {
+        if !kept.contains(address) && !addresses.iter().any(|all| means(all, address)) {
+            kept.push(*address);
+        }
+    }
+    kept
 }
 
 async fn http_listener(listen: &str) -> Result<Option<(TcpListener, SocketAddr)>, ServeError> {
@@ -547,5 +561,22 @@ async fn serve_metrics(
 async fn log_end(what: &str, serving: impl Future<Output = io::Result<()>>) {
     if let Err(error) = serving.await {
         tracing::error!(%error, "{what} ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_listened_on_once() {
+        let of = |listen_addr: &str| {
+            let addresses = tcp_addresses(listen_addr, 5432).unwrap();
+            addresses.iter().map(|address| address.ip().to_string()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(of("127.0.0.1, 127.0.0.2,127.0.0.1"), "127.0.0.1 127.0.0.2");
+        assert_eq!(of("127.0.0.1,0.0.0.0,::1"), "0.0.0.0 ::1");
+        assert_eq!(of("127.0.0.1,*,0.0.0.0,::1,::"), "::");
+        assert_eq!(of(""), "");
     }
 }

@@ -3,10 +3,10 @@
 //! A client's `LISTEN` runs on the connection that it has borrowed, where it means what it always means. What that
 //! connection listens to afterwards is taken over here, before the client has its answer; then the connection goes back.
 //!
-//! The listener's connection is an ordinary one of the tenant's pool, counted like every other; but where its clients would
-//! have none beside it, it is one more than `default_pool_size`, if the shard has room. It is opened when the
-//! first client listens and goes back when nobody does; after a loss it is opened again with its channels. Notifications
-//! that were sent in between are lost.
+//! The listener's connection is one of the tenant's pool, or is opened where its clients would have none beside it and the
+//! shard has room. It does not count for `default_pool_size`: clients that have all of that may wait for one another. It is
+//! opened when the first client listens and goes back when nobody does; after a loss it is opened again with its channels.
+//! Notifications that were sent in between are lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -358,7 +358,9 @@ impl Listener {
             Some(lease) => lease,
             None => {
                 let lease = pool.checkout(&self.place.settings, &name, PATIENCE).await;
-                lease.map_err(|error| format!("{error:?}"))?
+                let mut lease = lease.map_err(|error| format!("{error:?}"))?;
+                pool.set_apart(&mut lease);
+                lease
             }
         };
         let conn = lease.conn();

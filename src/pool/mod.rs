@@ -113,7 +113,7 @@ struct State {
     idle: Vec<Box<ServerConnection>>,
     /// Idle, leased, being opened or being reset.
     open: usize,
-    /// Among them the listener's, if it is one more than clients may have: none or one.
+    /// Among them the listener's, which is one more than clients may have: none or one.
     apart: usize,
     connecting: usize,
     waiters: Queue,
@@ -540,6 +540,7 @@ impl Pool {
                 // A client that has kept it for a while gives it back as of when it was idle.
                 state.came_back = state.came_back.max(Some(now));
             }
+            state.bring_back(&mut conn, self.limits.default_pool_size);
             let oldest = state.waiters.oldest();
             let elsewhere = self.budget.contended()
                 && now.duration_since(conn.opened) >= self.budget.quantum()
@@ -666,6 +667,13 @@ impl Pool {
         login(slot, settings.clone(), application_name.clone()).await.ok().map(Lease::new)
     }
 
+    /// Has the listener's connection not count for the pool's size, so that clients can have all of that, unless another one
+    /// is apart already.
+    pub(super) fn set_apart(self: &Arc<Self>, lease: &mut Lease) {
+        self.state.lock().set_apart(lease.conn());
+        self.serve();
+    }
+
     fn opened(
         self: &Arc<Self>,
         mut result: Result<Box<ServerConnection>, PgError>,
@@ -678,9 +686,7 @@ impl Pool {
             state.connecting -= 1;
             state.pressed_since = Some(now);
             if let Ok(conn) = &mut result {
-                let kind = (conn.settings.clone(), conn.generation);
-                state.logged_in(&kind);
-                conn.slot.kind = Some(kind);
+                state.enrol(conn);
                 if conn.generation == state.generation {
                     state.welcome.note(&conn.settings, &conn.params);
                 }
@@ -885,10 +891,36 @@ impl State {
         }
     }
 
+    /// It is one of those that clients use.
+    fn enrol(&mut self, conn: &mut ServerConnection) {
+        let kind = (conn.settings.clone(), conn.generation);
+        self.logged_in(&kind);
+        conn.slot.kind = Some(kind);
+    }
+
     fn logged_in(&mut self, kind: &Kind) {
         match self.logged_in.iter_mut().find(|(have, _)| have == kind) {
             Some((_, count)) => *count += 1,
             None => self.logged_in.push((kind.clone(), 1)),
+        }
+    }
+
+    /// See [`Pool::set_apart`].
+    fn set_apart(&mut self, conn: &mut ServerConnection) {
+        if self.apart > 0 {
+            return;
+        }
+        (self.apart, conn.slot.apart) = (1, true);
+        if let Some(kind) = conn.slot.kind.take() {
+            self.logged_out(&kind);
+        }
+    }
+
+    /// It counts for the pool's size again, if there is room.
+    fn bring_back(&mut self, conn: &mut ServerConnection, default_pool_size: usize) {
+        if conn.slot.apart && self.used() < default_pool_size {
+            (self.apart, conn.slot.apart) = (0, false);
+            self.enrol(conn);
         }
     }
 

@@ -208,9 +208,11 @@ impl Relay {
             (pinned, listens) = (settled.pinned, settled.listens);
         }
         conn.applied = self.carried.clone();
-        if self.session.take_changes_logins() {
+        if self.session.changes_logins() {
+            // Without an answer it is made good when the connection has gone.
             let work = settle::begun_with(conn);
             let values = tokio::time::timeout(timeout, work).await.map_err(slow)?.map_err(failed)?;
+            self.session.take_changes_logins();
             let settings = self.client.settings.clone();
             self.pool.renew(values.map(|values| (conn.generation, Before { settings, values })));
         }

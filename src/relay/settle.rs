@@ -234,11 +234,11 @@ pub async fn keep(conn: &mut ServerConnection, before: &Carried) -> Result<Carri
 /// Settings as a server lists them.
 type Settings = BTreeMap<String, String>;
 
-/// See [`begun_with`].
+/// See [`begun_with`]. What is longer is not remembered: a tenant could fill the proxy's memory with it.
 const BEGUN_WITH: &str = "SET LOCAL jit = off; SELECT \
     pg_catalog.encode(pg_catalog.convert_to(pg_catalog.json_object_agg(pg_catalog.lower(name), \
         reset_val)::pg_catalog.text, 'UTF8'), 'hex') FROM pg_catalog.pg_settings \
-      WHERE context OPERATOR(pg_catalog.=) 'user' AND reset_val IS NOT NULL \
+      WHERE context OPERATOR(pg_catalog.=) 'user' AND pg_catalog.octet_length(reset_val) OPERATOR(pg_catalog.<) 4096 \
         AND name OPERATOR(pg_catalog.<>) ALL (ARRAY['role', 'session_authorization', 'seed', 'transaction_isolation', \
           'transaction_read_only', 'transaction_deferrable'])";
 

@@ -108,6 +108,20 @@ async fn who_changes_it_all_the_time_is_in_nobodys_way() {
     changes.abort();
 }
 
+/// One that is too long to be remembered is one of the new ones for who was there, and no more than that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_setting_costs_nobody_the_connection() {
+    let world = World::start(|_| ()).await;
+    let (mut who, mut other) = (world.raw("client_001").await, world.raw("client_001").await);
+    for letter in ["a", "b", "c"] {
+        let long = letter.repeat(700_000);
+        ok(&mut who, &format!("ALTER ROLE client_001 SET temp_tablespaces = '{long}'"), false).await;
+        other.value("SELECT 1").await;
+        let first = "SELECT left(current_setting('temp_tablespaces'), 1)";
+        assert_eq!(world.raw("client_001").await.value(first).await, letter);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_logins_to_a_database_begin_with_counts_too() {
     let clusters = vec![Arc::new(Cluster::start()), Arc::new(Cluster::start())];

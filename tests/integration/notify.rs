@@ -372,6 +372,32 @@ async fn clients_that_listen_in_transactions_do_not_take_all_connections() {
     }
 }
 
+/// They may wait for each other, and would for one that never comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_have_the_whole_pool_beside_the_listener() {
+    let world = auto(|config| config.pool.default_pool_size = 2).await;
+    let mut listening = world.raw("client_001").await;
+    ok(&mut listening, "LISTEN jobs").await;
+    for _ in 0..3 {
+        let mut clients = [world.raw("client_001").await, world.raw("client_001").await];
+        for client in &mut clients {
+            let all = ok(client, "BEGIN");
+            tokio::time::timeout(Duration::from_secs(20), all).await.expect("the listener has the last one");
+        }
+        for client in &mut clients {
+            ok(client, "NOTIFY jobs, 'x'").await;
+            ok(client, "COMMIT").await;
+            assert_eq!(next(&mut listening).await, (client.pid, "jobs x".to_owned()));
+        }
+    }
+    assert_eq!(world.admin_value(OWN).await, 3);
+    // What it used is one of the pool again.
+    listening.terminate().await;
+    world.metric_until("pgusher_listeners", 0.0).await;
+    world.admin_until(&format!("SELECT greatest(({OWN}), 2)"), 2).await;
+    ok(&mut world.raw("client_001").await, "LISTEN jobs").await;
+}
+
 /// One connection is kept by another client, and one is busy: the listener must not take that for good from who wants it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_listener_does_not_keep_a_connection_from_who_is_going_to_listen() {
