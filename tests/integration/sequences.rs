@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::raw::Raw;
+use crate::raw::{Batch, Raw};
 use crate::world::World;
 
 const INSERT: &str = "INSERT INTO bookings (note) VALUES ('x') RETURNING id";
@@ -233,4 +233,27 @@ async fn pin_timeout_ends_no_client_for_that() {
     one.query("SELECT setseed(0.5)").await;
     one.query(INSERT).await;
     assert_eq!(one.next().await.unwrap().code(), "57P05", "it holds something else, too");
+}
+
+/// A message of ours that fails, and has nothing to do with sequences, takes nothing away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parse_that_is_refused_leaves_the_state_of_sequences() {
+    let world = world(2).await;
+    let mut raw = world.raw("client_001").await;
+    raw.query("CREATE SEQUENCE numbers START 7").await;
+    assert_eq!(raw.value("SELECT nextval('numbers') + 0 * lastval()").await, "7");
+    let prepare = |b: &mut Batch| {
+        b.parse("a", "SELECT * FROM bookings");
+        b.describe(b'S', "a");
+        b.bind("", "a", &[]);
+        b.execute("");
+        b.sync();
+    };
+    raw.compose(prepare).await;
+    raw.until_ready().await;
+    // What is prepared is prepared again as it was, by steps of ours behind the Parse.
+    raw.query("SET TIME ZONE 'Europe/Oslo'").await;
+    raw.compose(prepare).await;
+    assert_eq!(raw.until_ready().await[0].code(), "42P05");
+    assert_eq!(raw.value(LAST).await, "7");
 }

@@ -115,7 +115,7 @@ impl Session {
                 let here = format!("pg_catalog.current_setting({})", Literal(name));
                 [set(&kept(name), &here), set(name, there)]
             });
-            self.step(&select(there), out);
+            self.step(&select(there), Expect::InjectedStep(b'C'), out);
         }
         message::parse_with(out, &statement.name, statement.body());
         self.push_extended(Expect::Injected(statement.id));
@@ -123,7 +123,7 @@ impl Session {
             let back = moved
                 .iter()
                 .map(|(name, _)| set(name, &format!("pg_catalog.current_setting({})", Literal(&kept(name)))));
-            self.step(&select(back), out);
+            self.step(&select(back), Expect::InjectedStep(b'C'), out);
         }
     }
 
@@ -177,8 +177,8 @@ impl Session {
         known && self.status != b'E' && (statement.scope() != &*self.scope || self.is_anywhere())
     }
 
-    /// Runs a statement of ours that returns no row, within the client's group of messages.
-    pub(super) fn step(&mut self, text: &str, out: &mut BytesMut) {
+    /// Runs a statement of ours that returns no row, within the client's group of messages; `run` stands for that.
+    pub(super) fn step(&mut self, text: &str, run: Expect, out: &mut BytesMut) {
         // One that was cancelled half way is still there.
         message::close(out, b'S', STEP);
         message::parse(out, STEP, text.as_bytes(), &[0, 0]);
@@ -186,8 +186,9 @@ impl Session {
         message::execute(out, STEP);
         message::close(out, b'P', STEP);
         message::close(out, b'S', STEP);
-        for answer in *b"312C33" {
-            self.push_extended(Expect::InjectedStep(answer));
+        let [before, after] = [&b"312"[..], b"33"].map(|answers| answers.iter().copied().map(Expect::InjectedStep));
+        for expect in before.chain([run]).chain(after) {
+            self.push_extended(expect);
         }
     }
 

@@ -54,6 +54,8 @@ pub(super) enum Expect {
     InjectedQuery,
     /// A step of the extended protocol of ours, to be answered by this.
     InjectedStep(u8),
+    /// The one of them that runs a `DISCARD SEQUENCES` of ours.
+    InjectedDiscard,
     /// A Parse of nothing under the name of the statement with this number, which somebody names who does not run it.
     InjectedEmpty(u64),
     /// CopyDone or CopyFail, sent before we knew that the server was in COPY.
@@ -225,7 +227,11 @@ impl Session {
 pub(super) fn is_step_of_ours(expect: &Expect) -> bool {
     matches!(
         expect,
-        Expect::Injected(_) | Expect::InjectedClose(_) | Expect::InjectedStep(_) | Expect::InjectedEmpty(_)
+        Expect::Injected(_)
+            | Expect::InjectedClose(_)
+            | Expect::InjectedStep(_)
+            | Expect::InjectedDiscard
+            | Expect::InjectedEmpty(_)
     )
 }
 

@@ -55,8 +55,7 @@ impl Session {
             // Not skipped: a Parse that fails takes away what there was.
             failed.before = None;
         }
-        if skipped.iter().any(|skipped| matches!(skipped, Expect::InjectedStep(_))) {
-            // It may have been DISCARD SEQUENCES.
+        if skipped.iter().any(|skipped| matches!(skipped, Expect::InjectedDiscard)) {
             prepared.doubt_sequences();
         }
         self.failed |= self.expects.is_empty();

@@ -109,7 +109,7 @@ impl Session {
             self.expects.push_back(Expect::InjectedQuery);
             return;
         }
-        self.step(text, out);
+        self.step(text, Expect::InjectedDiscard, out);
     }
 
     /// What comes behind a DISCARD in the same Query counts again.

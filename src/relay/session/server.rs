@@ -150,7 +150,7 @@ impl Session {
                 self.note_stream_name(Ok(()));
                 return Verdict::Swallow;
             }
-            Some(Expect::InjectedStep(_)) => {
+            Some(Expect::InjectedStep(_) | Expect::InjectedDiscard) => {
                 self.take();
                 return Verdict::Swallow;
             }
