@@ -5,8 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// So many in a row make a habit. With two workers and clients of many tenants it is one in 65,000 that looks like one by
-/// chance; what is lost then is one move more.
+/// So many in a row make a habit. With two workers and clients of many tenants, one in 32,768 runs of so many looks like one
+/// by chance; what is lost then is one move more.
 const HABIT: u64 = 16;
 
 /// So many clients are accepted in a turn.
