@@ -86,6 +86,12 @@ impl Admitted {
     pub fn tenant_id(&self) -> &TenantId {
         &self.tenant.id
     }
+
+    /// Ready for another runtime; nothing, if the socket is lost.
+    pub fn leaving(self) -> Option<Self> {
+        let stream = Moving::Between(self.stream.arrive().ok()?.detach().ok()?);
+        Some(Self { stream, ..self })
+    }
 }
 
 /// One client more, as long as it lives.
@@ -164,12 +170,8 @@ async fn log_in(stream: Stream, peer: Peer, shared: &Arc<Shared>) -> Option<Admi
             Ok((tenant, settings, application_name)) => {
                 shared.metrics.client_logins_ok.fetch_add(1, Ordering::Relaxed);
                 let Opening { stream, input, startup, .. } = *opening;
-                let stream = match shared.is_here(&tenant.id) {
-                    true => Moving::Within(stream),
-                    false => Moving::Between(stream.detach().ok()?),
-                };
                 return Some(Admitted {
-                    stream,
+                    stream: Moving::Within(stream),
                     input,
                     unsent,
                     version: startup.version(),

@@ -172,20 +172,16 @@ impl Shared {
         self.steer.next(worker, accepted, self.workers.len())
     }
 
-    /// Whether the calling thread is the one that serves the tenant.
-    pub fn is_here(&self, id: &TenantId) -> bool {
-        self.workers.get(self.place_of(id)).is_some_and(|serving| serving.thread == std::thread::current().id())
-    }
-
     /// Has a logged-in client served by its tenant's worker. On this one, its greeting is over when this returns.
     pub async fn hand_over(self: &Arc<Self>, admitted: Admitted) {
         let at = self.place_of(admitted.tenant_id());
         self.steer.note(at);
         let Some(Serving { handle, worker, thread }) = self.workers.get(at) else { return };
-        let greeting = connection::serve(admitted, self.clone(), worker.clone());
-        match *thread == std::thread::current().id() {
-            true => Box::pin(greeting).await,
-            false => drop(handle.spawn(greeting)),
+        let greet = |admitted| connection::serve(admitted, self.clone(), worker.clone());
+        if *thread == std::thread::current().id() {
+            Box::pin(greet(admitted)).await;
+        } else if let Some(leaving) = admitted.leaving() {
+            handle.spawn(greet(leaving));
         }
     }
 }

@@ -1,11 +1,10 @@
 //! What logins begin with (`ALTER ROLE … SET`, `ALTER DATABASE … SET`) when that changes.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use pgusher::config::{PoolMode, ShardConfig};
+use pgusher::config::PoolMode;
 
-use crate::postgres::Cluster;
+use crate::own_server;
 use crate::raw::{Raw, show};
 use crate::world::World;
 
@@ -124,14 +123,7 @@ async fn a_long_setting_costs_nobody_the_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_logins_to_a_database_begin_with_counts_too() {
-    let clusters = vec![Arc::new(Cluster::start()), Arc::new(Cluster::start())];
-    let world = World::with_clusters(clusters, |config| {
-        config.shards[1].dedicated_to = Some("client_001".into());
-        config.shards[1] = ShardConfig { name: "own".into(), ..config.shards[1].clone() };
-    })
-    .await;
-    world.client("client_001").await.batch_execute("SELECT 1").await.unwrap();
-    world.clusters[1].admin("postgres").await.batch_execute("ALTER ROLE client_001 SUPERUSER").await.unwrap();
+    let world = own_server::world().await;
     let mut stays = world.raw("client_001").await;
     assert_eq!(stays.value("SHOW work_mem").await, "4MB");
     let database = stays.value("SELECT quote_ident(current_database())").await;

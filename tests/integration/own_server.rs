@@ -10,7 +10,7 @@ use crate::raw::{Raw, show};
 use crate::world::World;
 
 /// A tenant `client_001` that is superuser on its own server, with a few roles.
-async fn world() -> World {
+pub(crate) async fn world() -> World {
     let clusters = vec![Arc::new(Cluster::start()), Arc::new(Cluster::start())];
     let world = World::with_clusters(clusters, |config| {
         config.shards[1].dedicated_to = Some("client_001".into());
