@@ -2,16 +2,18 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::{BufMut as _, BytesMut};
+use socket2::SockRef;
 use thread_local::ThreadLocal;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::coop::{has_budget_remaining, poll_proceed};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tokio_util::io::poll_read_buf;
 
@@ -83,7 +85,7 @@ impl Socket {
         #[cfg(target_os = "linux")]
         if peer.to_canonical().is_loopback() {
             // A kernel that does not have it keeps its default.
-            let _ = socket2::SockRef::from(&socket).set_tcp_congestion(b"reno");
+            let _ = SockRef::from(&socket).set_tcp_congestion(b"reno");
         }
         Self::Tcp(socket)
     }
@@ -209,6 +211,18 @@ impl Stream {
     /// A read that does not fill the buffer leaves the socket marked as drained, so that the next call costs no system
     /// call that could only answer EAGAIN.
     pub fn poll_fill(&mut self, cx: &mut Context<'_>, free: &mut [u8]) -> Poll<io::Result<usize>> {
+        // A socket that fills every buffer is not to keep others waiting: the runtime counts its turns.
+        if let Self::Plain(Socket::Tcp(s)) = self
+            && has_budget_remaining()
+            && let Some(done) = attempt(s, Interest::READABLE, free.len(), |socket| (&*socket).read(free))
+        {
+            if matches!(done, Ok(n) if n == free.len())
+                && let Poll::Ready(turn) = poll_proceed(cx)
+            {
+                turn.made_progress();
+            }
+            return Poll::Ready(done);
+        }
         let mut buf = ReadBuf::new(free);
         let done = match self {
             Self::Plain(s) => Pin::new(s).poll_read(cx, &mut buf),
@@ -218,7 +232,13 @@ impl Stream {
     }
 
     /// Writes some of the bytes.
+    #[inline]
     pub fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if let Self::Plain(Socket::Tcp(s)) = self
+            && let Some(done) = attempt(s, Interest::WRITABLE, bytes.len(), |socket| (&*socket).write(bytes))
+        {
+            return Poll::Ready(done);
+        }
         match self {
             Self::Plain(s) => Pin::new(s).poll_write(cx, bytes),
             Self::Tls(s) => Pin::new(s.as_mut()).poll_write(cx, bytes),
@@ -339,7 +359,6 @@ impl Stream {
 impl Detached {
     /// Whether nothing has arrived, the end of the stream included. One system call; what has arrived is spoilt by it.
     pub fn is_quiet(&self) -> bool {
-        use std::io::Read as _;
         let mut byte = [0; 1];
         let read = match &self.socket {
             DetachedSocket::Tcp(s) => (&*s).read(&mut byte),
@@ -364,6 +383,28 @@ impl Detached {
                 Stream::Tls(tls)
             }
         })
+    }
+}
+
+/// One system call on a socket that is ready; `None` if it is not, and then its own `poll_read` or `poll_write` has the task
+/// woken when it is. Where it is, they do the same, in three times the instructions. `whole` is how much could be moved.
+#[inline]
+fn attempt(
+    socket: &TcpStream,
+    interest: Interest,
+    whole: usize,
+    call: impl FnOnce(SockRef<'_>) -> io::Result<usize>,
+) -> Option<io::Result<usize>> {
+    let mut moved = 0;
+    let done = socket.try_io(interest, || {
+        moved = call(SockRef::from(socket))?;
+        // Less than it could: it is drained, or full. The runtime learns it in these words.
+        if (1..whole).contains(&moved) { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    });
+    match done {
+        _ if moved > 0 => Some(Ok(moved)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        done => Some(done.map(|()| 0)),
     }
 }
 

@@ -459,46 +459,51 @@ impl Pool {
             if let Some(lease) = self.try_checkout(settings, None) {
                 return Ok(lease);
             }
-            if let Some(lease) = self.wait(settings, application_name, query_wait_timeout, generation).await.0? {
+            let wait = self.wait(settings, Some(application_name), query_wait_timeout, generation, None);
+            if let Some(lease) = wait.await.0? {
                 return Ok(lease);
             }
         }
     }
 
     /// Stands in line for a connection, for a client of that generation. What comes of it, and how long it took; a connection
-    /// that ended while it was handed over is `None`: try again.
+    /// that ended while it was handed over is `None`: try again. A task that is about to poll it says whom to wake.
     pub fn wait(
         self: &Arc<Self>,
         settings: &Arc<Settings>,
-        application_name: &Arc<str>,
+        application_name: Option<&Arc<str>>,
         query_wait_timeout: Duration,
         generation: u64,
-    ) -> Wait {
+        waker: Option<&Waker>,
+    ) -> Wait<'_> {
         let now = Instant::now();
         let deadline = (!query_wait_timeout.is_zero()).then(|| now + query_wait_timeout);
-        let key = {
-            let mut state = self.state.lock();
-            // One may have come back since the caller has looked.
-            let free = state.take_idle(settings, None);
-            let answer = if state.retired { Some(Err(CheckoutError::Retired)) } else { free.map(Ok) };
-            if state.waiters.is_empty() {
-                state.pressed_since = Some(now);
-            }
-            let key = state.waiters.join(Place::new(settings, application_name, now, deadline, generation));
-            if let Some(answer) = answer {
-                // Nobody to be woken yet.
-                let last = state.waiters.len() - 1;
-                drop(state.waiters.answer(last, answer, now));
-            } else if let Some(deadline) = deadline
-                && state.alarm.is_none_or(|alarm| deadline < alarm)
-            {
-                state.alarm = Some(deadline);
-                self.worker.spawn(end_waits(Arc::downgrade(self), deadline));
-            }
-            key
-        };
-        self.serve();
-        Wait { pool: self.clone(), key, since: now }
+        let mut state = self.state.lock();
+        // One may have come back since the caller has looked.
+        let free = state.take_idle(settings, None);
+        let answer = if state.retired { Some(Err(CheckoutError::Retired)) } else { free.map(Ok) };
+        if state.waiters.is_empty() {
+            state.pressed_since = Some(now);
+        }
+        let asleep = waker.is_some() && answer.is_none();
+        let place = Place::new(settings, application_name, now, deadline, generation, waker.cloned());
+        let key = state.waiters.join(place);
+        if let Some(answer) = answer {
+            // Whoever is to be woken is awake.
+            let last = state.waiters.len() - 1;
+            drop(state.waiters.answer(last, answer, now));
+        } else if let Some(deadline) = deadline
+            && state.alarm.is_none_or(|alarm| deadline < alarm)
+        {
+            state.alarm = Some(deadline);
+            self.worker.spawn(end_waits(Arc::downgrade(self), deadline));
+        }
+        let may_serve = state.may_serve(self.limits.default_pool_size);
+        drop(state);
+        if may_serve {
+            self.serve(now);
+        }
+        Wait { pool: self, key: Some(key), since: now, asleep }
     }
 
     /// Answers those who have waited too long; when to do it again.
@@ -572,7 +577,7 @@ impl Pool {
 
     /// Opens connections for those who wait, as far as pool size and budget allow, unless others are likely to be back
     /// before.
-    fn serve(self: &Arc<Self>) {
+    fn serve(self: &Arc<Self>, mut now: Instant) {
         loop {
             let (since, ticket) = {
                 let mut state = self.state.lock();
@@ -590,12 +595,11 @@ impl Pool {
                     };
                     drop(state);
                     if stale.is_none() {
-                        self.call_keepers();
+                        self.call_keepers(now);
                         return;
                     }
                     continue;
                 }
-                let now = Instant::now();
                 let at = state.opens_at(self.budget.patience(), now);
                 if at > now {
                     if !std::mem::replace(&mut state.grows, true) {
@@ -621,6 +625,7 @@ impl Pool {
                 // A slot may have become free between the two steps.
                 self.budget.grant();
             }
+            now = Instant::now();
         }
     }
 
@@ -634,7 +639,7 @@ impl Pool {
             }
             let position = state.connecting;
             let Some(place) = state.waiters.at(position) else { return false };
-            let wanted = (place.settings.clone(), place.application_name.clone());
+            let wanted = (place.settings.clone(), place.application_name.clone().unwrap_or_default());
             state.open += 1;
             state.connecting += 1;
             wanted
@@ -671,7 +676,7 @@ impl Pool {
     /// is apart already.
     pub(super) fn set_apart(self: &Arc<Self>, lease: &mut Lease) {
         self.state.lock().set_apart(lease.conn());
-        self.serve();
+        self.serve(Instant::now());
     }
 
     fn opened(
@@ -695,7 +700,7 @@ impl Pool {
         match result {
             Ok(conn) => {
                 self.checkin(conn, now);
-                self.serve();
+                self.serve(now);
             }
             Err(error) => self.login_failed(error, settings, began),
         }
@@ -710,7 +715,7 @@ impl Pool {
             let pool = self.clone();
             self.worker.spawn(async move {
                 tokio::time::sleep(SERVER_FULL_PAUSE).await;
-                pool.serve();
+                pool.serve(Instant::now());
             });
             return;
         }
@@ -723,7 +728,7 @@ impl Pool {
         if let Some(waker) = wake {
             waker.wake();
         }
-        self.serve();
+        self.serve(Instant::now());
     }
 
     /// Ends the pool: idle connections close now, others when they come back; those who wait route again.
@@ -771,13 +776,13 @@ impl Pool {
     /// the result is dropped.
     pub fn stand_by(self: &Arc<Self>, since: Instant, claim: Claim, waker: &Waker) -> StandBy {
         let key = self.state.lock().keepers.join(since, claim, waker);
-        self.call_keepers();
+        self.call_keepers(Instant::now());
         StandBy { pool: self.clone(), key }
     }
 
     /// Has as many of them give way as there are waiters that no connection can be opened for.
-    fn call_keepers(self: &Arc<Self>) {
-        let (mut wake, now) = (Vec::new(), Instant::now());
+    fn call_keepers(self: &Arc<Self>, now: Instant) {
+        let mut wake = Vec::new();
         let next = {
             let mut state = self.state.lock();
             let state = &mut *state;
@@ -852,6 +857,11 @@ impl State {
     /// Connections that count for the pool's size.
     fn used(&self) -> usize {
         self.open - self.apart
+    }
+
+    /// Whether there is anything that [`Pool::serve`] could do; in a full pool that is busy there is not.
+    fn may_serve(&self, default_pool_size: usize) -> bool {
+        self.used() < default_pool_size || !self.idle.is_empty() || !self.keepers.is_empty()
     }
 
     /// How many more clients could have one.
@@ -974,25 +984,31 @@ impl State {
 }
 
 /// Standing in line for a connection, see [`Pool::wait`]. Dropping it gives the place up.
-pub struct Wait {
-    pool: Arc<Pool>,
-    key: usize,
+pub struct Wait<'a> {
+    pool: &'a Arc<Pool>,
+    /// Its place in line, until it has its answer.
+    key: Option<usize>,
     since: Instant,
+    /// It has just joined the line, and is woken when there is an answer.
+    asleep: bool,
 }
 
-impl Future for Wait {
+impl Future for Wait<'_> {
     type Output = (Result<Option<Lease>, CheckoutError>, Duration);
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (answer, at) = std::task::ready!(self.pool.state.lock().waiters.poll(self.key, cx.waker()));
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(key) = self.key.filter(|_| !std::mem::take(&mut self.asleep)) else { return Poll::Pending };
+        let (answer, at) = std::task::ready!(self.pool.state.lock().waiters.poll(key, cx.waker()));
+        self.key = None;
         let lease = answer.map(|mut conn| conn.is_quiet().then(|| Lease::new(conn)));
         Poll::Ready((lease, at.duration_since(self.since)))
     }
 }
 
-impl Drop for Wait {
+impl Drop for Wait<'_> {
     fn drop(&mut self) {
-        let untaken = self.pool.state.lock().waiters.leave(self.key);
+        let Some(key) = self.key else { return };
+        let untaken = self.pool.state.lock().waiters.leave(key);
         if let Some(conn) = untaken {
             self.pool.checkin(conn, Instant::now());
         }
@@ -1015,7 +1031,7 @@ impl StandBy {
 impl Drop for StandBy {
     fn drop(&mut self) {
         self.pool.state.lock().keepers.leave(self.key);
-        self.pool.call_keepers();
+        self.pool.call_keepers(Instant::now());
     }
 }
 
@@ -1023,7 +1039,7 @@ async fn call_keepers_at(pool: Weak<Pool>, at: Instant) {
     tokio::time::sleep_until(at).await;
     if let Some(pool) = pool.upgrade() {
         pool.state.lock().calls = false;
-        pool.call_keepers();
+        pool.call_keepers(Instant::now());
     }
 }
 
@@ -1048,7 +1064,7 @@ async fn grow(pool: Weak<Pool>, at: Instant) {
     tokio::time::sleep_until(at).await;
     let Some(pool) = pool.upgrade() else { return };
     pool.state.lock().grows = false;
-    pool.serve();
+    pool.serve(Instant::now());
 }
 
 async fn open(slot: Slot, settings: Arc<Settings>, application_name: Arc<str>) {
@@ -1101,6 +1117,6 @@ impl Drop for Slot {
             }
         }
         self.pool.budget.release();
-        self.pool.serve();
+        self.pool.serve(Instant::now());
     }
 }

@@ -31,7 +31,7 @@ pub(super) struct Place {
     /// Startup settings that the connection must have.
     pub(super) settings: Arc<Settings>,
     /// For a connection that is opened on their behalf.
-    pub(super) application_name: Arc<str>,
+    pub(super) application_name: Option<Arc<str>>,
     /// When they came.
     pub(super) since: Instant,
     /// When they give up.
@@ -48,20 +48,21 @@ impl Place {
     /// A place at the end of the line.
     pub(super) fn new(
         settings: &Arc<Settings>,
-        application_name: &Arc<str>,
+        application_name: Option<&Arc<str>>,
         since: Instant,
         deadline: Option<Instant>,
         generation: u64,
+        waker: Option<Waker>,
     ) -> Self {
         Self {
             settings: settings.clone(),
-            application_name: application_name.clone(),
+            application_name: application_name.cloned(),
             since,
             deadline,
             generation,
             alive: None,
             answer: None,
-            waker: None,
+            waker,
         }
     }
 
@@ -92,7 +93,7 @@ impl Queue {
         self.line.is_empty()
     }
 
-    /// Joins the line. The key must be given to [`Queue::leave`] in the end.
+    /// Joins the line. The key must be given to [`Queue::leave`] in the end, unless [`Queue::poll`] has answered.
     pub(super) fn join(&mut self, place: Place) -> usize {
         let key = self.places.insert(place);
         self.line.push_back(key);
@@ -165,12 +166,13 @@ impl Queue {
         (wake, next)
     }
 
-    /// The answer, if there is one, and when it was given; otherwise the task is woken when it comes.
+    /// The answer, if there is one, and when it was given: the place is free then. Otherwise the task is woken when it comes.
     pub(super) fn poll(&mut self, key: usize, waker: &Waker) -> Poll<(Answer, Instant)> {
         let Some(place) = self.places.get_mut(key) else {
             return Poll::Ready((Err(CheckoutError::Retired), Instant::now()));
         };
         if let Some(answer) = place.answer.take() {
+            self.places.remove(key);
             return Poll::Ready(answer);
         }
         match &mut place.waker {

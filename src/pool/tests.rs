@@ -54,7 +54,7 @@ async fn let_in(far: &mut DuplexStream) {
     far.write_all(&said).await.unwrap();
 }
 
-async fn lent(wait: Wait) -> Lease {
+async fn lent(wait: Wait<'_>) -> Lease {
     tokio::time::timeout(PATIENCE, wait).await.unwrap().0.unwrap().unwrap()
 }
 
@@ -65,7 +65,7 @@ fn give_back(lease: Lease) {
 #[tokio::test]
 async fn a_pool_whose_connections_do_not_come_back_grows() {
     let (pool, mut far_ends) = pool();
-    let wait = || pool.wait(&Arc::default(), &"".into(), Duration::ZERO, 0);
+    let wait = || pool.wait(&Arc::default(), None, Duration::ZERO, 0, None);
     let first = wait();
     let mut fars = vec![next(&mut far_ends).await];
     let_in(&mut fars[0]).await;
@@ -103,7 +103,7 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
         let mut state = State { open: 3, came_back: Some(at(100)), ..State::default() };
         state.logged_in(&(known.clone(), 0));
         for _ in 0..2 {
-            state.waiters.join(Place::new(settings, &"".into(), at(since), None, 0));
+            state.waiters.join(Place::new(settings, None, at(since), None, 0, None));
         }
         change(&mut state);
         state.opens_at(patience, at(105)).duration_since(start)
@@ -140,11 +140,11 @@ async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
 #[tokio::test]
 async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
     let (pool, mut far_ends) = pool();
-    let wait = |pool: &Arc<Pool>| pool.wait(&Arc::default(), &"".into(), PATIENCE, 0);
-    let gone = wait(&pool);
+    let wait = || pool.wait(&Arc::default(), None, PATIENCE, 0, None);
+    let gone = wait();
     let first = next(&mut far_ends).await;
     drop(gone);
-    let mut late = wait(&pool);
+    let mut late = wait();
     drop(first);
     let second = tokio::select! {
         (answer, _) = &mut late => panic!("{:?}", answer.err()),
@@ -160,9 +160,9 @@ async fn a_failed_login_is_told_to_those_who_waited_when_it_began() {
 async fn a_failed_login_is_told_to_who_wanted_its_settings() {
     let (pool, mut far_ends) = pool();
     let (plain, odd) = (Arc::<Settings>::default(), Arc::new(vec![("no_such_thing".to_owned(), "1".to_owned())]));
-    let mut first = pool.wait(&plain, &"".into(), PATIENCE, 0);
+    let mut first = pool.wait(&plain, None, PATIENCE, 0, None);
     let own = next(&mut far_ends).await;
-    let second = pool.wait(&odd, &"".into(), PATIENCE, 0);
+    let second = pool.wait(&odd, None, PATIENCE, 0, None);
     drop(next(&mut far_ends).await);
     let (answer, _) = tokio::select! {
         (answer, _) = &mut first => panic!("{:?}", answer.err()),

@@ -61,8 +61,8 @@ impl Relay {
         self.down.disarm();
         let mut outcome = poll_fn(|cx| self.poll_exchange(cx, &mut lease)).await;
         while matches!(outcome, Outcome::Done) && self.must_settle() {
-            outcome = match Box::pin(self.settle(&mut lease)).await {
-                Err(error) => Outcome::Told(error),
+            outcome = match Box::pin(self.settle(&mut lease)).await.map_err(Outcome::told) {
+                Err(told) => told,
                 Ok(()) if self.pinned.is_none() => break,
                 Ok(()) => {
                     self.stand_by = None;
@@ -102,7 +102,7 @@ impl Relay {
             Outcome::ServerGone => Lent::Ended(End::Told(server_closed())),
             Outcome::Told(error) => {
                 lease.abandon();
-                Lent::Ended(End::Told(error))
+                Lent::Ended(End::Told(*error))
             }
         }
     }
@@ -300,9 +300,9 @@ impl Relay {
         loop {
             if !std::mem::replace(&mut registered, true) || self.client.signals.is_raised() {
                 match self.client.signals.poll(cx) {
-                    Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::Told(reason)),
+                    Poll::Ready(Signal::Kill(reason)) => return Poll::Ready(Outcome::told(reason)),
                     Poll::Ready(Signal::Drain(reason)) if self.session.is_idle() && !self.up.in_frame() => {
-                        return Poll::Ready(Outcome::Told(reason));
+                        return Poll::Ready(Outcome::told(reason));
                     }
                     // A wait that was cancelled too late: the request is at the server now, and is left alone.
                     Poll::Ready(Signal::CancelWait) => continue,
@@ -446,7 +446,7 @@ impl Relay {
             if self.leaving || unseen.is_empty() {
                 return Ok(());
             }
-            let header = frame::header(unseen).map_err(|e| Outcome::Told(invalid_length(e)))?;
+            let header = frame::header(unseen).map_err(|e| Outcome::told(invalid_length(e)))?;
             let Some(header) = header else { return Ok(()) };
             if self.holds_ready() && self.must_wait() {
                 return Ok(());
@@ -455,7 +455,7 @@ impl Relay {
                 self.leaving = true;
                 return Ok(());
             }
-            if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::Told)? {
+            if unseen.len() < self.session.needs(header, unseen, limit, max).map_err(Outcome::told)? {
                 return Ok(());
             }
             if self.session.must_wait(header, unseen) {
@@ -481,7 +481,7 @@ impl Relay {
             if self.session.asks_for_process() {
                 lease.conn().face().show_to(self.client.key.pid);
             }
-            match verdict.map_err(Outcome::Told)? {
+            match verdict.map_err(Outcome::told)? {
                 Verdict::Forward => self.up.approve(header.total),
                 Verdict::Swallow => self.up.swallow(header.total),
                 Verdict::Later => {
@@ -520,7 +520,7 @@ impl Relay {
         };
         self.worker.metrics.report(attempt(&self.client, kind, Action::Closed).what(error.to_string()));
         let message = "connection closed: the session's identity changed";
-        Outcome::Told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, message))
+        Outcome::told(PgError::fatal(sqlstate::INSUFFICIENT_PRIVILEGE, message))
     }
 
     /// Server to client. `Ready(None)`: something moved.
@@ -626,7 +626,7 @@ impl Relay {
             let verdict = self.session.on_server(header, frame, &mut lease.conn().prepared, &mut scratch);
             if header.tag == b'Z' && self.session.is_in_doubt() {
                 // In the place of a ReadyForQuery that may not be the last.
-                return Err(Outcome::Told(copy_in_doubt()));
+                return Err(Outcome::told(copy_in_doubt()));
             }
             match verdict.map_err(|desync| out_of_step(&desync))? {
                 Verdict::Forward if header.tag == b'Z' && self.holds_ready() && self.session.is_idle() => {
@@ -766,7 +766,7 @@ impl Relay {
     }
 
     fn too_slow(&self) -> Outcome {
-        Outcome::Told(if let (Waits::Pinned, Some(reason)) = (self.waits, self.pinned) {
+        Outcome::told(if let (Waits::Pinned, Some(reason)) = (self.waits, self.pinned) {
             PgError::fatal(sqlstate::IDLE_SESSION_TIMEOUT, "pin_timeout")
                 .detail(format!(
                     "The client kept a server connection ({}) and was idle for longer than the proxy allows.",

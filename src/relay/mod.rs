@@ -150,6 +150,29 @@ pub struct Client {
     pub from: Arc<str>,
 }
 
+/// What came of a wait for a server connection: one, or a signal that came first.
+type Found = Result<Result<Option<Lease>, CheckoutError>, Signal>;
+
+impl Client {
+    /// Waits for a server connection of that generation.
+    fn stand_in_line(&self, pool: &Arc<Pool>, stats: &WorkerStats, generation: u64) -> impl Future<Output = Found> {
+        // Who shares a server connection does not name it.
+        let name = (self.rules.pool_mode == PoolMode::Session).then_some(&self.application_name);
+        let (mut wait, counted) = (None, Waiting::new(stats));
+        poll_fn(move |cx| {
+            if let Poll::Ready(signal) = self.signals.poll(cx) {
+                return Poll::Ready(Err(signal));
+            }
+            let patience = self.rules.query_wait_timeout;
+            let begin = || pool.wait(&self.settings, name, patience, generation, Some(cx.waker()));
+            Pin::new(wait.get_or_insert_with(begin)).poll(cx).map(|(found, waited)| {
+                counted.waited(waited);
+                Ok(found)
+            })
+        })
+    }
+}
+
 /// How a connection ended.
 #[derive(Debug)]
 pub enum End {
@@ -261,6 +284,14 @@ enum Next {
     Leave(End),
 }
 
+/// What came of waiting for a server connection.
+enum Waited<'a> {
+    Found(Lease),
+    Again,
+    /// The request is to be answered with an error.
+    InVain(Pin<Box<dyn Future<Output = Result<(), End>> + Send + 'a>>),
+}
+
 /// What came of a lease.
 enum Lent {
     /// The client goes on without.
@@ -285,7 +316,14 @@ enum Outcome {
     Done,
     ClientGone,
     ServerGone,
-    Told(PgError),
+    /// In a box: it is kept where every client would have room for it.
+    Told(Box<PgError>),
+}
+
+impl Outcome {
+    fn told(error: PgError) -> Self {
+        Self::Told(Box::new(error))
+    }
 }
 
 impl Relay {
@@ -459,44 +497,29 @@ impl Relay {
         true
     }
 
-    /// Borrows a server connection. `Ok(None)`: the request was answered with an error and the client goes on.
+    /// Borrows a server connection, after none was idle. `Ok(None)`: the request was answered with an error and the client goes on.
     async fn checkout(&mut self) -> Result<Option<Lease>, End> {
         loop {
+            let found = self.client.stand_in_line(&self.pool, &self.worker.stats, self.generation).await;
+            match self.after_wait(found) {
+                Waited::Found(lease) => return Ok(Some(lease)),
+                Waited::Again => {}
+                Waited::InVain(answer) => return answer.await.map(|()| None),
+            }
             self.route().map_err(End::Told)?;
             if let Some(lease) = self.pool.try_checkout(&self.client.settings, self.may_stay()) {
                 return Ok(Some(lease));
             }
-            let counted = Waiting::new(&self.worker.stats);
-            let client = &self.client;
-            let patience = client.rules.query_wait_timeout;
-            // Who shares a server connection does not name it.
-            let own = client.rules.pool_mode == PoolMode::Session;
-            let name = if own { client.application_name.clone() } else { Arc::default() };
-            let mut wait = self.pool.wait(&client.settings, &name, patience, self.generation);
-            let found = poll_fn(|cx| {
-                if let Poll::Ready(signal) = client.signals.poll(cx) {
-                    return Poll::Ready(Err(signal));
-                }
-                Pin::new(&mut wait).poll(cx).map(Ok)
-            })
-            .await;
-            let found = match found {
-                Ok((found, waited)) => {
-                    self.worker.stats.wait_time.observe(waited);
-                    Ok(found)
-                }
-                Err(signal) => Err(signal),
-            };
-            drop(wait);
-            drop(counted);
-            match found {
-                Ok(Ok(Some(lease))) => return Ok(Some(lease)),
-                Ok(Ok(None) | Err(CheckoutError::Retired)) => {}
-                Ok(Err(CheckoutError::Failed(error))) => {
-                    return Box::pin(self.refuse_request(error)).await.map(|()| None);
-                }
-                Err(signal) => return self.stop_waiting(signal).await.map(|()| None),
-            }
+        }
+    }
+
+    /// What comes of that. No errors are held while they are told: every client would have room for them.
+    fn after_wait(&mut self, found: Found) -> Waited<'_> {
+        match found {
+            Ok(Ok(Some(lease))) => Waited::Found(lease),
+            Ok(Ok(None) | Err(CheckoutError::Retired)) => Waited::Again,
+            Ok(Err(CheckoutError::Failed(error))) => Waited::InVain(Box::pin(self.refuse_request(error))),
+            Err(signal) => Waited::InVain(Box::pin(self.stop_waiting(signal))),
         }
     }
 
@@ -506,7 +529,7 @@ impl Relay {
             Signal::Kill(reason) | Signal::Drain(reason) => Err(End::Told(reason)),
             Signal::CancelWait => {
                 let error = PgError::error(sqlstate::QUERY_CANCELED, "canceling statement due to user request");
-                Box::pin(self.refuse_request(error)).await
+                self.refuse_request(error).await
             }
         }
     }
@@ -625,6 +648,10 @@ impl<'a> Waiting<'a> {
         metrics::shift(&stats.clients_waiting, 1);
         Self(stats)
     }
+
+    fn waited(&self, long: Duration) {
+        self.0.wait_time.observe(long);
+    }
 }
 
 impl Drop for Waiting<'_> {
@@ -649,7 +676,7 @@ fn gone(tenant: &str) -> PgError {
 
 fn out_of_step(what: &dyn std::fmt::Display) -> Outcome {
     tracing::warn!(%what, "server connection closed: out of step");
-    Outcome::Told(
+    Outcome::told(
         PgError::fatal(sqlstate::PROTOCOL_VIOLATION, "the conversation with the server is out of step")
             .detail(format!("{what}.")),
     )
