@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::{BufMut as _, BytesMut};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 use thread_local::ThreadLocal;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -214,7 +215,8 @@ impl Stream {
         // A socket that fills every buffer is not to keep others waiting: the runtime counts its turns.
         if let Self::Plain(Socket::Tcp(s)) = self
             && has_budget_remaining()
-            && let Some(done) = attempt(s, Interest::READABLE, free.len(), |socket| (&*socket).read(free))
+            && let Some(done) =
+                attempt(s, Interest::READABLE, free.len(), || Ok(recv(&*s, &mut *free, RecvFlags::empty())?.1))
         {
             if matches!(done, Ok(n) if n == free.len())
                 && let Poll::Ready(turn) = poll_proceed(cx)
@@ -235,7 +237,8 @@ impl Stream {
     #[inline]
     pub fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if let Self::Plain(Socket::Tcp(s)) = self
-            && let Some(done) = attempt(s, Interest::WRITABLE, bytes.len(), |socket| (&*socket).write(bytes))
+            && let Some(done) =
+                attempt(s, Interest::WRITABLE, bytes.len(), || Ok(send(&*s, bytes, SendFlags::NOSIGNAL)?))
         {
             return Poll::Ready(done);
         }
@@ -393,11 +396,11 @@ fn attempt(
     socket: &TcpStream,
     interest: Interest,
     whole: usize,
-    call: impl FnOnce(SockRef<'_>) -> io::Result<usize>,
+    call: impl FnOnce() -> io::Result<usize>,
 ) -> Option<io::Result<usize>> {
     let mut moved = 0;
     let done = socket.try_io(interest, || {
-        moved = call(SockRef::from(socket))?;
+        moved = call()?;
         // Less than it could: it is drained, or full. The runtime learns it in these words.
         if (1..whole).contains(&moved) { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
     });
