@@ -212,13 +212,13 @@ impl Stream {
     /// A read that does not fill the buffer leaves the socket marked as drained, so that the next call costs no system
     /// call that could only answer EAGAIN.
     pub fn poll_fill(&mut self, cx: &mut Context<'_>, free: &mut [u8]) -> Poll<io::Result<usize>> {
-        // A socket that fills every buffer is not to keep others waiting: the runtime counts its turns.
+        // A socket that is never drained is not to keep others waiting: the runtime counts its turns.
         if let Self::Plain(Socket::Tcp(s)) = self
             && has_budget_remaining()
             && let Some(done) =
                 attempt(s, Interest::READABLE, free.len(), || Ok(recv(&*s, &mut *free, RecvFlags::empty())?.1))
         {
-            if matches!(done, Ok(n) if n == free.len())
+            if matches!(done, Ok(n) if n >= MUCH.min(free.len()))
                 && let Poll::Ready(turn) = poll_proceed(cx)
             {
                 turn.made_progress();
@@ -389,6 +389,9 @@ impl Detached {
     }
 }
 
+/// See [`attempt`].
+const MUCH: usize = 8192;
+
 /// One system call on a socket that is ready; `None` if it is not, and then its own `poll_read` or `poll_write` has the task
 /// woken when it is. Where it is, they do the same, in three times the instructions. `whole` is how much could be moved.
 #[inline]
@@ -401,8 +404,9 @@ fn attempt(
     let mut moved = 0;
     let done = socket.try_io(interest, || {
         moved = call()?;
-        // Less than it could: it is drained, or full. The runtime learns it in these words.
-        if (1..whole).contains(&moved) { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        // Less than it could: it is drained, or full. The runtime learns it in these words. Where much was moved there is
+        // likely more, and to ask again costs less than to be told by the runtime.
+        if (1..whole.min(MUCH)).contains(&moved) { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
     });
     match done {
         _ if moved > 0 => Some(Ok(moved)),
