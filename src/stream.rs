@@ -209,20 +209,15 @@ impl Stream {
 
     /// Reads into the free part of a buffer. `Ok(0)` is the end of the stream.
     ///
-    /// A read that does not fill the buffer leaves the socket marked as drained, so that the next call costs no system
-    /// call that could only answer EAGAIN.
+    /// A small read that does not fill the buffer leaves the socket marked as drained, so that the next call costs no system
+    /// call that could only answer EAGAIN. After [`MUCH`] it is asked once more.
     pub fn poll_fill(&mut self, cx: &mut Context<'_>, free: &mut [u8]) -> Poll<io::Result<usize>> {
-        // A socket that is never drained is not to keep others waiting: the runtime counts its turns.
         if let Self::Plain(Socket::Tcp(s)) = self
             && has_budget_remaining()
             && let Some(done) =
                 attempt(s, Interest::READABLE, free.len(), || Ok(recv(&*s, &mut *free, RecvFlags::empty())?.1))
         {
-            if matches!(done, Ok(n) if n >= MUCH.min(free.len()))
-                && let Poll::Ready(turn) = poll_proceed(cx)
-            {
-                turn.made_progress();
-            }
+            count_turn(cx, matches!(done, Ok(n) if n >= MUCH.min(free.len())));
             return Poll::Ready(done);
         }
         let mut buf = ReadBuf::new(free);
@@ -238,8 +233,9 @@ impl Stream {
     pub fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if let Self::Plain(Socket::Tcp(s)) = self
             && let Some(done) =
-                attempt(s, Interest::WRITABLE, bytes.len(), || Ok(send(&*s, bytes, SendFlags::NOSIGNAL)?))
+                attempt(s, Interest::WRITABLE, bytes.len(), || Ok(send(&*s, bytes, SendFlags::empty())?))
         {
+            count_turn(cx, matches!(done, Ok(n) if n >= MUCH));
             return Poll::Ready(done);
         }
         match self {
@@ -389,11 +385,12 @@ impl Detached {
     }
 }
 
-/// See [`attempt`].
+/// So much at once is a stream that goes on, see [`attempt`].
 const MUCH: usize = 8192;
 
 /// One system call on a socket that is ready; `None` if it is not, and then its own `poll_read` or `poll_write` has the task
-/// woken when it is. Where it is, they do the same, in three times the instructions. `whole` is how much could be moved.
+/// woken when it is. Where it is, they do the same in three times the instructions, but for the turn that they
+/// [count](count_turn). `whole` is how much could be moved.
 #[inline]
 fn attempt(
     socket: &TcpStream,
@@ -412,6 +409,15 @@ fn attempt(
         _ if moved > 0 => Some(Ok(moved)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
         done => Some(done.map(|()| 0)),
+    }
+}
+
+/// Has the runtime count a turn of the task, of which it grants so many before others have theirs. Only where `much` was
+/// moved: after little, the socket is drained or full, and the turns are over.
+#[inline]
+fn count_turn(cx: &mut Context<'_>, much: bool) {
+    if much && let Poll::Ready(turn) = poll_proceed(cx) {
+        turn.made_progress();
     }
 }
 

@@ -467,7 +467,8 @@ impl Pool {
     }
 
     /// Stands in line for a connection, for a client of that generation. What comes of it, and how long it took; a connection
-    /// that ended while it was handed over is `None`: try again. A task that is about to poll it says whom to wake.
+    /// that ended while it was handed over is `None`: try again. Whom to wake can be said by the task that polls it first, and at once:
+    /// it is not looked for an answer then.
     pub fn wait(
         self: &Arc<Self>,
         settings: &Arc<Settings>,

@@ -93,6 +93,33 @@ async fn a_pool_whose_connections_do_not_come_back_grows() {
     leases.push(lent(one_more).await);
 }
 
+/// Counts how often it was woken.
+struct Woken(std::sync::atomic::AtomicUsize);
+
+impl std::task::Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn who_waits_is_woken_also_before_it_has_looked_for_the_first_time() {
+    let (pool, mut far_ends) = pool();
+    let woken = Arc::new(Woken(0.into()));
+    let waker = Waker::from(woken.clone());
+    let mut wait = pool.wait(&Arc::default(), None, Duration::ZERO, 0, Some(&waker));
+    let mut far = next(&mut far_ends).await;
+    let_in(&mut far).await;
+    let patience = Instant::now() + PATIENCE;
+    while woken.0.load(Ordering::SeqCst) == 0 && Instant::now() < patience {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut cx = Context::from_waker(&waker);
+    assert!(Pin::new(&mut wait).poll(&mut cx).is_pending());
+    assert!(matches!(Pin::new(&mut wait).poll(&mut cx), Poll::Ready((Ok(Some(_)), _))));
+    assert_eq!((woken.0.load(Ordering::SeqCst), pool.waiting()), (1, 0));
+}
+
 #[tokio::test]
 async fn a_connection_that_will_be_back_before_a_new_one_is_waited_for() {
     let (known, ms) = (Arc::<Settings>::default(), Duration::from_millis);

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
 use crate::pool::connect::ServerConnection;
@@ -35,6 +36,11 @@ fn adopted(client: &Client, pool: &Pool, reported: &Arc<Params>) -> Arc<Params> 
         return pool.intern_with(reported, NAME, own);
     }
     reported.clone()
+}
+
+/// Whether the time is over, also for a task that has used up its turn: one that always does would never be told.
+fn rings(alarm: Pin<&mut Sleep>, cx: &mut Context<'_>) -> bool {
+    Pin::new(&mut unconstrained(alarm)).poll(cx).is_ready()
 }
 
 impl Relay {
@@ -731,7 +737,7 @@ impl Relay {
     }
 
     pub(super) fn alarm_rings(&mut self, cx: &mut Context<'_>) -> bool {
-        self.alarm.as_mut().is_some_and(|alarm| alarm.as_mut().poll(cx).is_ready())
+        self.alarm.as_mut().is_some_and(|alarm| rings(alarm.as_mut(), cx))
     }
 
     /// Whether a query, or the client in its transaction, has taken longer than it may. Arms no timer unless the
@@ -782,5 +788,26 @@ impl Relay {
             PgError::fatal(sqlstate::QUERY_CANCELED, "query_timeout")
                 .detail("The query took longer than the proxy allows.")
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::coop::poll_proceed;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_alarm_rings_at_the_end_of_a_turn() {
+        let mut alarm = Box::pin(tokio::time::sleep(Duration::from_millis(1)));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let rang = poll_fn(|cx| {
+            while let Poll::Ready(turn) = poll_proceed(cx) {
+                turn.made_progress();
+            }
+            assert!(alarm.as_mut().poll(cx).is_pending());
+            Poll::Ready(rings(alarm.as_mut(), cx))
+        });
+        assert!(rang.await);
     }
 }
